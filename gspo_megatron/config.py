@@ -1,0 +1,335 @@
+"""Settings: frozen dataclasses, one per concern. The text under a field is its help on the command line.
+
+A command reads one TOML file with one table per section; every field can be overridden as
+`--section.key value`. Local checks are here; what needs the model's config or several sections
+together is checked in preflight.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from gspo_megatron.errors import UserError
+from gspo_megatron.parallel import ParallelLayout
+
+Value = bool | int | float | str
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{section}.{name}={value} must be positive")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what makes it repeatable."""
+
+    folder: str
+    """Run folder; made if missing. It holds config.toml, metrics.jsonl, samples.jsonl, the report and weights."""
+    seed: int = 0
+    """Seed of weights, prompts and sampling."""
+    overwrite: bool = False
+    """Allow a run folder that already holds a run; its files are replaced."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy."""
+
+    path: str
+    """Hugging Face folder with config.json, tokenizer and (for init = "weights") safetensors."""
+    init: Literal["weights", "random"] = "weights"
+    """Start from the folder's weights, or from random weights of its config."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the policy's parameters. Gradients are reduced and optimizer state is kept in float32."""
+    router_aux_loss: float = 0.0
+    """Coefficient of the load-balancing loss. 0 for RL; used by sft."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Degrees of parallelism. Ranks needed = tensor × context × pipeline × data."""
+
+    tensor: int = 1
+    """Tensor parallel degree (with sequence parallelism)."""
+    pipeline: int = 1
+    """Pipeline parallel degree; divides the number of layers."""
+    context: int = 1
+    """Context parallel degree."""
+    data: int = 1
+    """Data parallel degree: replicas of the model; each generates its own share of the prompts."""
+    expert: int = 1
+    """Expert parallel degree, over the ranks of tensor × context × data."""
+    expert_tensor: int = 1
+    """Tensor parallel degree inside an expert."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline rank (interleaved schedule)."""
+    timeout_s: float = 600.0
+    """A collective that takes longer ends the run with an error, in seconds."""
+
+    def __post_init__(self) -> None:
+        _require_positive("parallel", self, "timeout_s")
+        self.layout()
+
+    def layout(self) -> ParallelLayout:
+        names = [f.name for f in fields(ParallelLayout)]
+        return ParallelLayout(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Prompts and verifiable rewards."""
+
+    name: str
+    """A registered task: "reasoning_gym" or "jsonl"."""
+    dataset: str = ""
+    """reasoning_gym: name of its data set, e.g. "spell_backward". jsonl: path of the training file."""
+    eval_dataset: str = ""
+    """jsonl: path of the held-out file. Empty: the last `holdout` rows of `dataset`."""
+    holdout: int = 256
+    """jsonl without eval_dataset: rows kept out of training for evaluation."""
+    params: dict[str, Value] = field(default_factory=dict)
+    """reasoning_gym: parameters of the data set, e.g. { min_word_len = 3 }."""
+    prompt_pattern: str = ""
+    """Regular expression with named groups searched in the question; its groups fill prompt_template."""
+    prompt_template: str = ""
+    """The prompt, with {name} for the named groups of prompt_pattern, or {question}. Empty: the question itself."""
+    lowercase: bool = False
+    """Lower-case the prompt."""
+    reward_threshold: float | None = None
+    """Reward 1 where the task's score is at least this, else 0. Unset: the score itself."""
+    reward: str = ""
+    """Own reward as "module:function", called as function(response_text, reference) -> number. Empty: the task's."""
+    reward_timeout_s: float = 10.0
+    """A response whose scoring takes longer is counted as timed out, in seconds."""
+    reward_workers: int = 1
+    """Worker processes for `reward`, per data-parallel rank."""
+
+    def __post_init__(self) -> None:
+        _require_positive("task", self, "reward_timeout_s", "reward_workers")
+        _require(self.holdout >= 0, f"task.holdout={self.holdout} must be at least 0")
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """The objective. An unset (null) field takes the algorithm's own default, the paper's where there is one."""
+
+    name: str = "gspo"
+    """A registered algorithm: gspo, gspo_token or grpo."""
+    clip_low: float | None = None
+    """Ratios below 1 - clip_low are clipped for negative advantages. gspo 3e-4, grpo 0.2."""
+    clip_high: float | None = None
+    """Ratios above 1 + clip_high are clipped for positive advantages. gspo 4e-4, grpo 0.27."""
+    dual_clip: float | None = None
+    """For negative advantages the loss is at most dual_clip × |advantage|; above 1. Unset: off."""
+    kl_coefficient: float | None = None
+    """Weight of the k3 KL term to the reference model (the initial weights). 0: no reference model."""
+    entropy_coefficient: float | None = None
+    """Weight of the entropy bonus."""
+    normalize_std: bool | None = None
+    """Divide advantages by the group's standard deviation."""
+    mini_batches: int | None = None
+    """Optimizer steps per rollout batch. gspo 4."""
+    dynamic_sampling: bool | None = None
+    """Keep only groups whose rewards differ, drawing further prompts until the batch is full."""
+    dynamic_sampling_max_rounds: int = 4
+    """dynamic_sampling: rounds of prompts at most; then groups of equal rewards fill the batch."""
+    aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
+    """How token terms become a loss. GSPO means sequence_mean; token_mean would weight it by length and is refused."""
+    mismatch: Literal["off", "truncate", "mask"] = "off"
+    """Weight tokens by the trainer/engine probability ratio: truncated at mismatch_high, or 0 outside the band
+    [mismatch_low, mismatch_high]."""
+    mismatch_low: float = 0.5
+    """mask: smallest ratio kept."""
+    mismatch_high: float = 2.0
+    """truncate: largest weight; mask: largest ratio kept."""
+    allow_unusual_clip: bool = False
+    """Accept a GSPO clip of 0.05 or more, GRPO's scale, at which GSPO hardly ever clips."""
+    shuffle_advantages: bool = False
+    """Control experiment: permute the advantages within each group, which must remove the gain."""
+
+    def __post_init__(self) -> None:
+        for name in ("clip_low", "clip_high"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"algorithm.{name}={value} must be positive")
+        _require(self.clip_low is None or self.clip_low < 1, f"algorithm.clip_low={self.clip_low} must be below 1")
+        _require(
+            self.dual_clip is None or self.dual_clip > 1,
+            f"algorithm.dual_clip={self.dual_clip} must be above 1, e.g. 3.0; leave it out to switch it off",
+        )
+        _require(
+            self.mini_batches is None or self.mini_batches >= 1,
+            f"algorithm.mini_batches={self.mini_batches} must be at least 1",
+        )
+        _require_positive("algorithm", self, "dynamic_sampling_max_rounds")
+        _require(
+            0 <= self.mismatch_low < self.mismatch_high,
+            f"algorithm.mismatch_low={self.mismatch_low} must be below mismatch_high={self.mismatch_high}",
+        )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Generation of responses."""
+
+    engine: Literal["embedded"] = "embedded"
+    """"embedded": in process, on each data-parallel replica's first rank."""
+    prompts_per_batch: int = 32
+    """Prompts per rollout batch, over all data-parallel ranks."""
+    samples_per_prompt: int = 8
+    """Responses per prompt (the group size); at least 2."""
+    temperature: float = 1.0
+    """Sampling temperature; old and new log-probabilities are taken at the same temperature."""
+    max_response_tokens: int = 1024
+    """Longest response, in tokens."""
+    truncated: Literal["score", "zero", "mask", "drop"] = "score"
+    """Responses cut at max_response_tokens: scored like others; reward 0; scored, but without gradient ("mask"); or
+    also left out of the group's statistics ("drop"). They stay counted in N."""
+    batch_size: int = 256
+    """Embedded engine: responses generated together."""
+
+    def __post_init__(self) -> None:
+        _require_positive("rollout", self, "prompts_per_batch", "temperature", "max_response_tokens", "batch_size")
+        _require(
+            self.samples_per_prompt >= 2,
+            f"rollout.samples_per_prompt={self.samples_per_prompt}: a group of one has no advantage; "
+            "use at least 2, e.g. 8",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Packing."""
+
+    token_budget: int = 8192
+    """Most tokens in a micro-batch; at least one longest sequence."""
+
+    def __post_init__(self) -> None:
+        _require_positive("data", self, "token_budget")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW through Megatron's distributed optimizer."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay after the warm-up, over the run's optimizer steps."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    beta1: float = 0.9
+    """Adam's first moment."""
+    beta2: float = 0.95
+    """Adam's second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip_grad: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 switches it off."""
+
+    def __post_init__(self) -> None:
+        _require_positive("optimizer", self, "lr", "eps")
+        _require(
+            0 <= self.min_lr <= self.lr, f"optimizer.min_lr={self.min_lr} must lie between 0 and optimizer.lr={self.lr}"
+        )
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be at least 0")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation."""
+
+    every: int = 0
+    """Evaluate after every this many rollout batches (train) or steps (sft); 0: only before and after."""
+    prompts: int = 256
+    """Held-out prompts."""
+    samples: int = 1
+    """Responses per held-out prompt; avg@k and pass@k are reported for k up to it."""
+    temperature: float = 1.0
+    """Sampling temperature of evaluations."""
+
+    def __post_init__(self) -> None:
+        _require_positive("eval", self, "prompts", "samples", "temperature")
+        _require(self.every >= 0, f"eval.every={self.every} must be at least 0")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    samples_per_batch: int = 4
+    """Rollouts written to samples.jsonl per rollout batch."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run folder."""
+    wandb_project: str = ""
+    """Weights & Biases project; empty: off. WANDB_MODE=offline works."""
+
+
+@dataclass(frozen=True)
+class TrainLoopConfig:
+    """Length of a training run."""
+
+    rollout_batches: int = 100
+    """Rollout batches; each makes algorithm.mini_batches optimizer steps."""
+
+    def __post_init__(self) -> None:
+        _require_positive("train", self, "rollout_batches")
+
+
+@dataclass(frozen=True)
+class SftLoopConfig:
+    """Supervised cold start on the task's worked answers."""
+
+    steps: int = 300
+    """Optimizer steps at most."""
+    batch_size: int = 128
+    """Worked answers per step, over all data-parallel ranks."""
+    target_accuracy: float | None = None
+    """Stop at the first evaluation whose held-out accuracy is at least this. Unset: run all steps."""
+
+    def __post_init__(self) -> None:
+        _require_positive("sft", self, "steps", "batch_size")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Reinforcement learning."""
+
+    run: RunConfig
+    model: ModelConfig
+    task: TaskConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainLoopConfig = field(default_factory=TrainLoopConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised cold start."""
+
+    run: RunConfig
+    model: ModelConfig
+    task: TaskConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sft: SftLoopConfig = field(default_factory=SftLoopConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)

@@ -1,0 +1,139 @@
+"""From the sequences each head generated to the micro-batches of every rank.
+
+Heads exchange sequences so that each holds what the packing plan gives its replica, then broadcast them
+to their tensor- and pipeline-parallel peers. No rank ever holds the whole rollout batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gspo_megatron.data.micro_batch import pack
+from gspo_megatron.data.packing import plan_packing
+from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.types import Sequence, StepBatch
+
+HEADER = 3  # numbers in front of each sequence: index, length, 1 if its advantages are per token
+
+
+def distribute(
+    sequences: SequenceOf[Sequence],
+    groups: ProcessGroups,
+    *,
+    mini_batches: int,
+    token_budget: int,
+    pad_token_id: int,
+    device: torch.device,
+) -> list[StepBatch]:
+    """One StepBatch per mini-batch on this rank. Collective over all ranks.
+
+    `sequences` are this replica's own, given at its head, empty elsewhere. Indices over all heads are
+    0 … N-1; mini-batch j holds the j-th of `mini_batches` equal runs of them, so it is the same set of
+    sequences in every layout.
+    """
+    lengths = _all_lengths(sequences, groups, device)
+    size, rest = divmod(len(lengths), mini_batches)
+    assert rest == 0, f"{len(lengths)} sequences do not split into {mini_batches} mini-batches"
+    plans = [
+        plan_packing(lengths[j * size : (j + 1) * size], data_parallel=groups.layout.data, token_budget=token_budget)
+        for j in range(mini_batches)
+    ]
+    home = {
+        j * size + i: replica
+        for j, plan in enumerate(plans)
+        for replica, micro_batches in enumerate(plan.assignment)
+        for micro in micro_batches
+        for i in micro
+    }
+    outgoing: list[list[Sequence]] = [[] for _ in range(groups.layout.data)]
+    for sequence in sequences:
+        outgoing[home[sequence.index]].append(sequence)
+    mine = {s.index: s for s in _exchange(outgoing, groups, device)}
+
+    batches = []
+    for j, plan in enumerate(plans):
+        micro_batches = [
+            pack(
+                [mine[j * size + i] for i in micro],
+                multiple_of=groups.layout.tensor,
+                pad_token_id=pad_token_id,
+                device=device,
+            )
+            for micro in plan.assignment[groups.coordinates.data]
+        ]
+        total = sum(m.num_tokens for m in micro_batches)
+        padding = sum(int((m.cu_seqlens.diff() * (m.sequence_ids < 0)).sum()) for m in micro_batches)
+        batches.append(StepBatch(micro_batches, num_global_sequences=size, padding_fraction=padding / total))
+    return batches
+
+
+def _all_lengths(sequences: SequenceOf[Sequence], groups: ProcessGroups, device: torch.device) -> list[int]:
+    """Length of every sequence of the rollout batch, by index, on every rank."""
+    rows = [[s.index, s.token_ids.numel()] for s in sequences]
+    pairs = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 2)
+    gathered = [_broadcast(pairs, groups, source) for source in range(groups.layout.data)]
+    lengths = {int(i): int(n) for part in gathered for i, n in part.tolist()}
+    assert sorted(lengths) == list(range(len(lengths))), "indices of sequences are not 0 … N-1"
+    return [lengths[i] for i in range(len(lengths))]
+
+
+def _broadcast(data: Tensor, groups: ProcessGroups, replica: int) -> Tensor:
+    """A head's 2-D integer tensor on every rank of the job."""
+    source = groups.layout.head_rank(replica)
+    rows = torch.tensor([data.shape[0]], device=data.device)
+    dist.broadcast(rows, source, group=groups.world)
+    if groups.rank != source:
+        data = data.new_empty(int(rows), data.shape[1])
+    dist.broadcast(data, source, group=groups.world)
+    return data
+
+
+def _exchange(outgoing: list[list[Sequence]], groups: ProcessGroups, device: torch.device) -> list[Sequence]:
+    """Send sequences to the replicas they belong to; returns this replica's, on all its ranks."""
+    flat = torch.empty(0, dtype=torch.float64, device=device)
+    if groups.is_head:  # the heads form one data-parallel group
+        parts = [_encode(sequences) for sequences in outgoing]
+        flat = torch.cat(parts).to(device)
+        if groups.layout.data > 1:
+            sent = torch.tensor([p.numel() for p in parts], device=device)
+            received = torch.empty_like(sent)
+            dist.all_to_all_single(received, sent, group=groups.dp)
+            arrived = flat.new_empty(int(received.sum()))
+            dist.all_to_all_single(arrived, flat, received.tolist(), sent.tolist(), group=groups.dp)
+            flat = arrived
+    if len(dist.get_process_group_ranks(groups.replica)) > 1:
+        size = torch.tensor([flat.numel()], device=device)
+        dist.broadcast(size, groups.head_rank, group=groups.replica)
+        if not groups.is_head:
+            flat = flat.new_empty(int(size))
+        dist.broadcast(flat, groups.head_rank, group=groups.replica)
+    return _decode(flat.cpu())
+
+
+def _encode(sequences: SequenceOf[Sequence]) -> Tensor:
+    """Flat float64, exact for token ids below 2^53 and for float32 values."""
+    parts = []
+    for s in sequences:
+        header = torch.tensor([s.index, s.token_ids.numel(), s.advantages.dim()])
+        parts += [header, s.token_ids, s.response_mask, s.rollout_logprobs, s.advantages.reshape(-1)]
+    return torch.cat([p.to("cpu", torch.float64) for p in parts]) if parts else torch.empty(0, dtype=torch.float64)
+
+
+def _decode(flat: Tensor) -> list[Sequence]:
+    sequences, at = [], 0
+
+    def take(count: int) -> Tensor:
+        nonlocal at
+        at += count
+        return flat[at - count : at]
+
+    while at < flat.numel():
+        index, length, dims = (int(x) for x in take(HEADER))
+        token_ids, mask, logprobs = take(length).long(), take(length).bool(), take(length).float()
+        advantages = take(length).float() if dims else take(1).float().reshape(())
+        sequences.append(Sequence(index, token_ids, mask, logprobs, advantages))
+    return sequences

@@ -1,0 +1,97 @@
+"""What every run of ranks starts from: groups, tokenizer, task, and the engine on the heads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gspo_megatron.config import SftConfig, TrainConfig
+from gspo_megatron.device import DTYPES, current_device
+from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.policy.policy import MegatronPolicy
+from gspo_megatron.policy.runtime import initialize, shutdown
+from gspo_megatron.rollout.embedded import EmbeddedEngine
+from gspo_megatron.rollout.engine import RolloutEngine
+from gspo_megatron.tasks import build as build_task
+from gspo_megatron.tasks.base import Task
+from gspo_megatron.tasks.scoring import Scorer
+from gspo_megatron.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rank's share of a run."""
+
+    config: TrainConfig | SftConfig
+    groups: ProcessGroups
+    tokenizer: Tokenizer
+    task: Task
+    scorer: Scorer | None  # at the heads
+    engine: RolloutEngine | None  # at the heads
+    device: torch.device
+
+    @property
+    def heads(self) -> list[int]:
+        """The ranks that generate."""
+        layout = self.groups.layout
+        return [layout.head_rank(d) for d in range(layout.data)]
+
+    def share(self, count: int) -> range:
+        """Which of `count` numbered things this replica takes."""
+        return range(self.groups.coordinates.data, count, self.groups.layout.data)
+
+    def gather(self, record: Any) -> list[Any] | None:
+        """Every rank's record that is not None, at rank 0; None elsewhere. For small things."""
+        records: list[Any] | None = [None] * self.groups.layout.world_size if self.groups.rank == 0 else None
+        dist.gather_object(record, records, dst=0, group=self.groups.world)
+        return None if records is None else [r for r in records if r is not None]
+
+    def all_gather(self, record: Any) -> list[Any]:
+        """Every rank's record that is not None, at every rank. For small things."""
+        records: list[Any] = [None] * self.groups.layout.world_size
+        dist.all_gather_object(records, record, group=self.groups.world)
+        return [r for r in records if r is not None]
+
+
+@contextlib.contextmanager
+def open_job(config: TrainConfig | SftConfig) -> Iterator[Job]:
+    """Join the ranks, and leave them at the end."""
+    groups = initialize(config.parallel.layout(), seed=config.run.seed, timeout_s=config.parallel.timeout_s)
+    tokenizer = Tokenizer.load(config.model.path)
+    task = build_task(config.task, tokenizer, seed=config.run.seed)
+    device = current_device()
+    scorer = Scorer(task, config.task, tokenizer) if groups.is_head else None
+    engine = None
+    if groups.is_head:
+        engine = EmbeddedEngine(
+            config.model.path,
+            dtype=DTYPES[config.model.dtype],
+            device=device,
+            batch_size=config.rollout.batch_size,
+        )
+    try:
+        yield Job(config, groups, tokenizer, task, scorer, engine, device)
+    finally:
+        if scorer is not None:
+            scorer.close()
+    shutdown()
+
+
+def sync_weights(policy: MegatronPolicy, job: Job, version: int) -> int:
+    """Bring every engine to the policy's weights. Collective. Returns the bytes this rank sent."""
+    before = policy.weights.counters.sent_bytes
+    if job.engine is not None:
+        job.engine.pause()
+        job.engine.begin_update(version)
+    for bucket in policy.export(job.heads):
+        if job.engine is not None:
+            job.engine.update(bucket)
+    if job.engine is not None:
+        job.engine.end_update()
+        job.engine.resume()
+    return policy.weights.counters.sent_bytes - before

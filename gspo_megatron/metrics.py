@@ -1,0 +1,296 @@
+"""What a run records: the names of the metrics, the files they go to, and the summaries of a step's ratios.
+
+Nothing here communicates. The trainer reduces over ranks and calls these on rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gspo_megatron.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+METRICS: dict[str, str] = {
+    "step": "rollout batches done; 0 is before the first one (count)",
+    "policy_version": "version of the weights the rollouts were sampled from (count of weight updates)",
+    "engine": "rollout engine that produced the responses (name)",
+    "reward_mean": "mean reward of the batch's scored rollouts (task's units)",
+    "reward_std": "standard deviation of those rewards (task's units)",
+    "response_length_mean": "mean response length (tokens)",
+    "truncated_fraction": "share of rollouts cut at rollout.max_response_tokens (0-1)",
+    "entropy": "mean entropy of the policy's next-token distribution over response tokens (nats)",
+    "grad_norm": "global gradient norm before clipping, mean over the batch's optimizer steps",
+    "loss": "value of the objective's loss, mean over the batch's optimizer steps",
+    "clip_fraction_token": "share of response tokens whose term is clipped (0-1)",
+    "clip_fraction_sequence": "share of sequences with a clipped term (0-1)",
+    "clip_fraction_positive": "clip_fraction_sequence among sequences with a positive advantage (0-1)",
+    "clip_fraction_negative": "clip_fraction_sequence among sequences with a negative advantage (0-1)",
+    "log_ratio_sequence_p01": "1st percentile of log s, the mean over a response of log(new/old probability) (nats)",
+    "log_ratio_sequence_p50": "median of log s (nats)",
+    "log_ratio_sequence_p99": "99th percentile of log s (nats)",
+    "log_ratio_sequence_max_abs": "largest |log s| (nats)",
+    "token_ratio_max": "largest new/old probability ratio of a response token (ratio)",
+    "kl_rollout_trainer": "k3 estimate of KL(engine, trainer) per response token, same weights (nats)",
+    "expert_change_fraction": "share of (token, layer) expert sets that differ before and after the updates (0-1)",
+    "sync_probe_max_abs": "largest difference of engine and trainer log-probs, same token and weights (nats)",
+    "rollout_tokens_per_s": "response tokens sampled per second of rollout (tokens/s)",
+    "time_rollout_s": "time of generation and scoring (s)",
+    "time_logprobs_s": "time of the old and reference log-prob passes (s)",
+    "time_train_s": "time of forward, backward and optimizer steps (s)",
+    "time_reshard_s": "time of handing the new weights to the rollout engine (s)",
+    "time_step_s": "time of the whole rollout batch, evaluation left out (s)",
+    "reshard_bytes": "bytes handed to the rollout engine in one reshard (bytes)",
+    "eval_reward_mean": "mean held-out reward over all prompts and samples, avg@k (task's units)",
+    "eval_reward_ci95": "half-width of the 95 % confidence interval of eval_reward_mean (task's units)",
+    "eval_samples_per_prompt": "k of avg@k and pass_at_k (count)",
+    "pass_at_k": "share of held-out prompts with at least one right response among k (0-1)",
+    "padding_fraction": "share of the packed tokens that are padding (0-1)",
+    "learning_rate": "learning rate of the batch's last optimizer step",
+    "num_failed_rewards": "rollouts whose scorer raised or returned no number (count)",
+    "num_timed_out_rewards": "rollouts whose scorer took longer than task.reward_timeout_s (count)",
+    "zero_variance_group_fraction": "share of groups whose rewards are all equal and so train nothing (0-1)",
+    "old_logprob_gap_first_mini_batch": "largest |log s| in mini-batch 1, where no weight has changed yet (nats)",
+}
+"""Every key of metrics.jsonl, in order, with what it means and its unit. Not measured is null, never 0."""
+
+TEXT_METRICS = frozenset({"engine"})
+
+NON_FINITE = "non_finite"
+"""Extra key of a row that had NaN or infinite values: {metric: "nan", "inf" or "-inf"}. The metric itself is null."""
+
+SAMPLE_FIELDS: dict[str, str] = {
+    "step": "rollout batch, counted as in metrics.jsonl",
+    "prompt": "text the model read",
+    "response": "text the model wrote",
+    "reward": "its reward; null if the scorer failed or timed out",
+    "finish_reason": "stop, length or abort",
+    "policy_version": "version of the weights that wrote the response's first token",
+    "advantage": "the advantage it was trained with; null if it was left out",
+}
+"""Every key of samples.jsonl, in order."""
+
+
+def _plain(value: Any) -> float | int | str | None:
+    """A Python scalar from a number, a NumPy scalar or a one-element tensor."""
+    if value is None or isinstance(value, str):
+        return value
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, bool | int | float):
+        return value
+    raise TypeError(f"a metric must be a number, text or None, not {type(value).__name__}")
+
+
+def _complete(row: Mapping[str, Any], known: Mapping[str, str], what: str) -> dict[str, float | int | str | None]:
+    """The row's values under all known keys, in their order; null where the row has none."""
+    for key in row:
+        if key not in known:
+            raise ValueError(f'"{key}" is no {what}.{nearest(key, known)} Add it to gspo_megatron/metrics.py first.')
+    return {key: _plain(row.get(key)) for key in known}
+
+
+def _json_line(values: Mapping[str, float | int | str | None]) -> str:
+    """One line of JSON. JSON has no NaN: such a value becomes null and is named under NON_FINITE."""
+    bad = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+    row: dict[str, Any] = {k: None if k in bad else v for k, v in values.items()}
+    if bad:
+        row[NON_FINITE] = bad
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _drop_incomplete_line(path: Path) -> None:
+    """Cut off what a killed run left of a last line, so that what is appended starts on a line of its own."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    if not content or content.endswith(b"\n"):
+        return
+    kept = content.rfind(b"\n") + 1
+    logger.warning("%s ended in an incomplete line (%d bytes); it was removed", path, len(content) - kept)
+    with path.open("r+b") as file:
+        file.truncate(kept)
+
+
+class MetricsWriter:
+    """Appends a run's metrics and samples to its folder, and to TensorBoard and Weights & Biases if asked.
+
+    For rank 0 only. Usable as a context manager.
+
+    Args:
+        folder: the run folder; metrics.jsonl and samples.jsonl in it are appended to.
+        tensorboard: write event files to `folder/tensorboard`.
+        wandb_project: project name; empty means off. Its files go to `folder/wandb`.
+        config: the resolved config as nested plain values, recorded by TensorBoard and W&B.
+
+    Raises:
+        UserError: a sink was asked for that is not installed, or that cannot start.
+    """
+
+    def __init__(self, folder: str | Path, *, tensorboard: bool, wandb_project: str, config: dict[str, Any]) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._tensorboard = _open_tensorboard(folder, config) if tensorboard else None
+        self._wandb_run = _open_wandb(folder, wandb_project, config) if wandb_project else None
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _drop_incomplete_line(folder / name)
+        # backslashreplace: a lone surrogate in a response has no UTF-8 form, but "\udXXX" is its valid JSON escape.
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8", errors="backslashreplace")
+        self._samples = (folder / "samples.jsonl").open("a", encoding="utf-8", errors="backslashreplace")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one rollout batch's metrics. Keys of METRICS that the row lacks are written as null.
+
+        Values are numbers, NumPy scalars, one-element tensors, text or None; `step` is needed.
+
+        Raises:
+            ValueError: a key is not in METRICS, or there is no `step`.
+        """
+        values = _complete(row, METRICS, "metric")
+        step = values["step"]
+        if not isinstance(step, int):
+            raise ValueError(f"a row of metrics needs an integer step, not {step!r}")
+        self._metrics.write(_json_line(values))
+        self._metrics.flush()
+        numbers = {k: v for k, v in values.items() if v is not None and k not in TEXT_METRICS}
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                if key != "step":
+                    self._tensorboard.add_scalar(key, value, step)
+            self._tensorboard.flush()
+        if self._wandb_run is not None:
+            self._wandb_run.log({k: v for k, v in values.items() if v is not None})
+
+    def write_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rollouts of one batch; each row has keys of SAMPLE_FIELDS (without `step`).
+
+        Raises:
+            ValueError: a key is not in SAMPLE_FIELDS.
+        """
+        for row in rows:
+            self._samples.write(_json_line(_complete({**row, "step": step}, SAMPLE_FIELDS, "field of a sample")))
+        self._samples.flush()
+
+    def close(self) -> None:
+        """Close all files and sinks. May be called twice."""
+        self._metrics.close()
+        self._samples.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
+            self._wandb_run = None
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _open_tensorboard(folder: Path, config: dict[str, Any]) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"log.tensorboard=true needs the package {error.name}: pip install tensorboard, "
+            "or set log.tensorboard=false"
+        ) from error
+    writer = SummaryWriter(log_dir=str(folder / "tensorboard"))
+    writer.add_text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```")
+    return writer
+
+
+def _open_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f'log.wandb_project="{project}" needs the package {error.name}: pip install wandb, '
+            'or set log.wandb_project=""'
+        ) from error
+    try:
+        run = wandb.init(project=project, name=folder.resolve().name, dir=str(folder), config=config)
+    except wandb.errors.Error as error:
+        raise UserError(
+            f'log.wandb_project="{project}": Weights & Biases did not start ({error}); run `wandb login`, '
+            "or set WANDB_MODE=offline"
+        ) from error
+    # W&B's own step must never go back; after a resume ours does.
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+# --- summaries -------------------------------------------------------------------------------------------------
+
+
+def _vector(values: np.ndarray | Tensor, dtype: type) -> np.ndarray:
+    """A one-dimensional NumPy array."""
+    array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    assert array.ndim == 1, f"expected a vector, got shape {array.shape}"
+    return array.astype(dtype)
+
+
+def _share(part: float, whole: float) -> float | None:
+    return float(part) / float(whole) if whole else None
+
+
+def summarize_ratios(
+    log_ratio: np.ndarray | Tensor,
+    clipped: np.ndarray | Tensor,
+    clipped_tokens_count: np.ndarray | Tensor,
+    num_tokens: np.ndarray | Tensor,
+    advantages: np.ndarray | Tensor,
+) -> dict[str, float | None]:
+    """Clip fractions and log-ratio quantiles of a rollout batch's sequences, gathered from all ranks.
+
+    Clip fractions are over the sequences that could be clipped: a non-zero advantage and at least one response
+    token. Log-ratio quantiles (linear interpolation) are over all sequences with at least one response token: a ratio
+    moves whether or not the sequence has a gradient of its own. None where nothing is left to count. A non-finite
+    log ratio makes the quantiles NaN; it is not left out.
+
+    Args:
+        log_ratio: [S] log s of each sequence, in nats.
+        clipped: [S] bool, any response token's term clipped.
+        clipped_tokens_count: [S] response tokens whose term is clipped.
+        num_tokens: [S] response tokens.
+        advantages: [S]; where advantages differ inside a response, their mean over it.
+
+    Returns:
+        clip_fraction_token, clip_fraction_sequence, clip_fraction_positive, clip_fraction_negative (0-1),
+        log_ratio_sequence_p01, _p50, _p99, _max_abs (nats).
+    """
+    ratio, advantage = _vector(log_ratio, float), _vector(advantages, float)
+    is_clipped = _vector(clipped, bool)
+    clipped_tokens, tokens = _vector(clipped_tokens_count, float), _vector(num_tokens, float)
+    sizes = {len(v) for v in (ratio, advantage, is_clipped, clipped_tokens, tokens)}
+    assert len(sizes) == 1, f"vectors of different lengths {sorted(sizes)}"
+
+    has_tokens = tokens > 0
+    live = has_tokens & (advantage != 0)
+    positive, negative = live & (advantage > 0), live & (advantage < 0)
+    measured = ratio[has_tokens]
+    quantiles: list[float | None] = [None, None, None, None]
+    if measured.size:
+        with np.errstate(invalid="ignore"):  # inf - inf while interpolating is NaN, which is what is reported
+            quantiles = [float(q) for q in np.quantile(measured, [0.01, 0.5, 0.99])]
+        quantiles.append(float(np.abs(measured).max()))
+    return {
+        "clip_fraction_token": _share(clipped_tokens[live].sum(), tokens[live].sum()),
+        "clip_fraction_sequence": _share(is_clipped[live].sum(), live.sum()),
+        "clip_fraction_positive": _share(is_clipped[positive].sum(), positive.sum()),
+        "clip_fraction_negative": _share(is_clipped[negative].sum(), negative.sum()),
+        "log_ratio_sequence_p01": quantiles[0],
+        "log_ratio_sequence_p50": quantiles[1],
+        "log_ratio_sequence_p99": quantiles[2],
+        "log_ratio_sequence_max_abs": quantiles[3],
+    }

@@ -1,0 +1,199 @@
+"""The policy's model: Megatron's GPTModel built from a family's plain fields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from gspo_megatron import ops
+from gspo_megatron.device import current_device
+from gspo_megatron.parallel import ParallelLayout
+from gspo_megatron.policy.attention import PackedAttention
+from gspo_megatron.policy.norm import RMSNorm
+from gspo_megatron.weights.families.base import ModelFields
+from gspo_megatron.weights.rules import TensorSpec, padded_vocab_size
+
+
+class LogprobHead(ColumnParallelLinear):
+    """Megatron's output layer, giving log-probabilities and entropies of targets instead of logits.
+
+    The logits' product is accumulated and kept in float32, whatever the model's dtype.
+    """
+
+    vocab_size: int
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, targets: Tensor, *, temperature: float, weight: Tensor | None = None
+    ) -> Tensor:
+        """hidden [T/tp, 1, H] (or [T, 1, H] without sequence parallelism), targets [1, T] -> [2, T] float32:
+        log-probabilities and entropies, the same on every tensor-parallel rank."""
+        weight = self.weight if weight is None else weight
+        if self.sequence_parallel:
+            # The gather's backward is a reduce-scatter: it sums the ranks' partial gradients.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        logprobs, entropy = ops.linear_logprobs(
+            hidden.squeeze(1),
+            weight,
+            targets.squeeze(0),
+            temperature=temperature,
+            vocab_start=self.tp_group.rank() * weight.shape[0],
+            vocab_size=self.vocab_size,
+            group=self.tp_group if self.tp_group.size() > 1 else None,
+            reduce_hidden_grad=not self.sequence_parallel,
+        )
+        return torch.stack([logprobs, entropy])
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose last stage returns [2, T] log-probabilities and entropies of `labels`."""
+
+    temperature: float = 1.0
+
+    def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            # Same parameters, hooks and checkpoint entries as Megatron made them; another forward.
+            self.output_layer.__class__ = LogprobHead
+            self.output_layer.vocab_size = real_vocab_size
+
+    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None = None, **_: Any) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        assert labels is not None
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, labels, temperature=self.temperature, weight=weight)
+
+
+def transformer_config(
+    fields: ModelFields, layout: ParallelLayout, *, dtype: torch.dtype, router_aux_loss: float = 0.0
+) -> TransformerConfig:
+    """Megatron's configuration of the model. `calculate_per_token_loss` must be set here, before the
+    model and DDP copy it: it makes Megatron divide by nothing, and the loss carries its own 1/N."""
+    moe: dict[str, Any] = {}
+    if fields.num_experts is not None:
+        moe = {
+            "num_moe_experts": fields.num_experts,
+            "moe_router_topk": fields.experts_per_token,
+            "moe_ffn_hidden_size": fields.expert_ffn_hidden_size,
+            "moe_layer_freq": [int(i in fields.moe_layers) for i in range(fields.num_layers)],
+            "moe_router_pre_softmax": fields.router_pre_softmax,
+            "moe_router_score_function": "softmax",
+            "moe_router_load_balancing_type": "aux_loss" if router_aux_loss > 0 else "none",
+            "moe_aux_loss_coeff": router_aux_loss,
+            "moe_router_dtype": "fp32",
+            "moe_grouped_gemm": False,
+        }
+    return TransformerConfig(
+        num_layers=fields.num_layers,
+        hidden_size=fields.hidden_size,
+        num_attention_heads=fields.num_attention_heads,
+        num_query_groups=fields.num_query_groups,
+        kv_channels=fields.head_dim,
+        ffn_hidden_size=fields.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=fields.norm_eps,
+        qk_layernorm=fields.qk_layernorm,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        sequence_parallel=layout.tensor > 1,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # Megatron wants it for variable lengths, in dense models too
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=True,
+        perform_initialization=False,  # weights come from a checkpoint or from names, see policy/weights.py
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        attention_softmax_in_fp32=True,
+        calculate_per_token_loss=True,
+        **moe,
+    )
+
+
+def _block_spec(config: TransformerConfig) -> Any:
+    """Megatron's own block without Transformer Engine, with our attention and norms."""
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    spec.layer_norm = RMSNorm
+    for layer in spec.layer_specs:
+        parts = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+        attention = parts.self_attention.submodules
+        attention.core_attention = ModuleSpec(module=PackedAttention)
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec
+
+
+def build_model(fields: ModelFields, config: TransformerConfig, layout: ParallelLayout) -> list[PolicyModel]:
+    """This rank's model chunks, without weights."""
+    model = PolicyModel(
+        config=config,
+        transformer_layer_spec=_block_spec(config),
+        vocab_size=padded_vocab_size(fields.vocab_size, layout.tensor),
+        real_vocab_size=fields.vocab_size,
+        max_sequence_length=fields.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=fields.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=fields.rope_theta,
+    )
+    return [model.to(device=current_device(), dtype=config.params_dtype)]
+
+
+def mark_parallel(parameters: Iterable[tuple[str, Tensor]], specs: Iterable[TensorSpec]) -> None:
+    """Tell Megatron which parameters are shards, and which are experts. Before DDP sorts them into buffers.
+
+    Megatron marks shards while it initialises weights, which we don't let it do; an unmarked one counts as a
+    duplicate on tensor ranks above 0 and drops out of the gradient norm. At expert_parallel = 1 it takes
+    experts for dense parameters: where the expert-tensor degree is not the tensor degree, their gradients
+    over the tensor-parallel ranks would never be summed.
+    """
+    by_name = {spec.megatron: spec for spec in specs}
+    for name, parameter in parameters:
+        spec = by_name[name]
+        sharded = spec.dim is not None or spec.expert is not None
+        attributes = {"tensor_model_parallel": sharded, "partition_dim": spec.dim or 0, "partition_stride": 1}
+        if spec.expert is not None:
+            attributes["allreduce"] = False  # reduced over the expert-data-parallel group
+        for attribute, value in attributes.items():
+            setattr(parameter, attribute, value)
+
+
+def global_parameters(chunks: list[Any], layout: ParallelLayout, fields: ModelFields) -> Iterator[tuple[str, Tensor]]:
+    """This rank's parameters under their names in the whole model: global layer and expert numbers."""
+    experts_here = (fields.num_experts or 0) // layout.expert
+    first_expert = parallel_state.get_expert_model_parallel_rank() * experts_here
+    for chunk in chunks:
+        first_layer = chunk.decoder.layers[0].layer_number - 1
+        for name, parameter in chunk.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(int(parts[2]) + first_layer)
+            if "local_experts" in parts:
+                at = parts.index("local_experts") + 1
+                parts[at] = str(int(parts[at]) + first_expert)
+            yield ".".join(parts), parameter

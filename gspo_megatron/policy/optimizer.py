@@ -1,0 +1,66 @@
+"""Megatron's DDP, distributed optimizer and learning-rate schedule, from our settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from gspo_megatron.config import OptimizerConfig
+from gspo_megatron.policy.model import PolicyModel
+
+
+def wrap_ddp(chunks: list[PolicyModel], config: TransformerConfig) -> list[DistributedDataParallel]:
+    """Gradient buffers in float32, reduce-scattered to the ranks of the distributed optimizer."""
+    assert config.calculate_per_token_loss, "must be set before DDP copies it"
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=False,
+        average_in_collective=False,
+        check_for_nan_in_grad=True,  # a NaN ends the run before it reaches the weights
+    )
+    wrapped = [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
+    config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def build_optimizer(chunks: list[DistributedDataParallel], settings: OptimizerConfig, dtype: torch.dtype) -> Any:
+    """AdamW over the wrapped chunks."""
+    config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        # The norm is measured also where nothing is clipped.
+        clip_grad=settings.clip_grad or float("inf"),
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+
+
+def build_schedule(optimizer: Any, settings: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up, then the decay over the rest of `total_steps` optimizer steps."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=max(total_steps, settings.warmup_steps + 1),
+        lr_decay_style=settings.decay,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=max(total_steps, 1),
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,113 @@
+"""The policy as the trainer sees it: log-probabilities, an optimizer step, weights in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gspo_megatron.config import ModelConfig, OptimizerConfig
+from gspo_megatron.device import DTYPES, current_device
+from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.policy.model import build_model, global_parameters, mark_parallel, transformer_config
+from gspo_megatron.policy.optimizer import build_optimizer, build_schedule, wrap_ddp
+from gspo_megatron.policy.step import LossFunction, forward_backward, forward_only
+from gspo_megatron.policy.weights import PolicyWeights, ReferenceWeights
+from gspo_megatron.types import MicroBatch, NamedTensor, StepBatch
+from gspo_megatron.weights.families import load_fields
+from gspo_megatron.weights.hf_checkpoint import save_hf_folder
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports."""
+
+    reports: list[Any]  # the loss function's, one a micro-batch; [] but on the last pipeline stage
+    grad_norm: float  # before clipping
+    learning_rate: float
+
+
+class MegatronPolicy:
+    """A model on Megatron-Core with its optimizer. Every method is collective over all ranks."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        groups: ProcessGroups,
+        *,
+        seed: int,
+        total_steps: int,
+        temperature: float = 1.0,
+        keep_reference: bool = False,
+    ) -> None:
+        self.groups, self.source = groups, Path(model.path)
+        self.family, self.fields = load_fields(model.path)
+        dtype = DTYPES[model.dtype]
+        config = transformer_config(self.fields, groups.layout, dtype=dtype, router_aux_loss=model.router_aux_loss)
+        chunks = build_model(self.fields, config, groups.layout)
+        for chunk in chunks:
+            chunk.temperature = temperature
+        parameters = list(global_parameters(chunks, groups.layout, self.fields))
+        self.weights = PolicyWeights(self.family, self.fields, groups, parameters)
+        mark_parallel(parameters, self.weights.specs)
+        if model.init == "weights":
+            self.weights.load(model.path)
+        else:
+            self.weights.randomize(seed)
+        self.chunks = wrap_ddp(chunks, config)
+        self.optimizer = build_optimizer(self.chunks, optimizer, dtype)
+        self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
+        config.grad_scale_func = self.optimizer.scale_loss
+        self.reference = ReferenceWeights(list(self.weights.parameters.values())) if keep_reference else None
+
+    def fill_old_logprobs(self, batches: Sequence[StepBatch]) -> None:
+        """Set old_logprobs of every micro-batch, on the last pipeline stage, from a pass without gradient."""
+        for batch in batches:
+            for micro, logprobs in zip(batch.micro_batches, self._logprobs(batch.micro_batches), strict=False):
+                micro.old_logprobs = logprobs
+
+    def fill_reference_logprobs(self, batches: Sequence[StepBatch]) -> None:
+        """Set reference_logprobs of every micro-batch, on the last pipeline stage."""
+        assert self.reference is not None
+        with self.reference:
+            for batch in batches:
+                for micro, logprobs in zip(batch.micro_batches, self._logprobs(batch.micro_batches), strict=False):
+                    micro.reference_logprobs = logprobs
+
+    def _logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        return [output[0] for output in forward_only(self.chunks, micro_batches)]
+
+    def train_step(self, batch: StepBatch, loss_function: LossFunction) -> StepResult:
+        """One optimizer step on the loss summed over all micro-batches of all ranks."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = forward_backward(self.chunks, batch.micro_batches, loss_function)
+        self.schedule.step(1)
+        succeeded, grad_norm, _ = self.optimizer.step()
+        assert succeeded, "an optimizer without loss scaling never skips a step"
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        return StepResult(reports, float(grad_norm), float(learning_rate))
+
+    def export(self, destinations: Sequence[int]) -> Iterator[list[NamedTensor]]:
+        """Buckets of HF-named tensors, at the destination ranks."""
+        return self.weights.export(destinations)
+
+    def save_hf(self, folder: Path) -> None:
+        """Write the weights as a Hugging Face folder, from rank 0, bucket by bucket."""
+        buckets = self.export([0])
+        tensors = (tensor for bucket in buckets for tensor in bucket)
+        if self.groups.rank == 0:
+            save_hf_folder(folder, tensors, companions_from=self.source)
+        else:
+            assert next(tensors, None) is None
+        torch.distributed.barrier(group=self.groups.world)
+
+    @property
+    def device(self) -> torch.device:
+        """Where micro-batches must be."""
+        return current_device()

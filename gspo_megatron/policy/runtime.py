@@ -1,0 +1,86 @@
+"""Process groups and Megatron's parallel state."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from gspo_megatron.device import collective_backend, current_device, seed_everything
+from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.parallel import ParallelLayout
+from gspo_megatron.policy.cpu_adaptation import adapt
+
+
+def initialize(layout: ParallelLayout, *, seed: int, timeout_s: float) -> ProcessGroups:
+    """Join the job (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and build the groups of the layout.
+
+    A collective that takes longer than `timeout_s` raises on every rank. Can be called again with another
+    layout of the same size after `destroy_model_parallel`.
+    """
+    adapt()
+    device = current_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        dist.init_process_group(collective_backend(device), timeout=timeout)
+    assert dist.get_world_size() == layout.world_size, (dist.get_world_size(), layout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        create_gloo_process_groups=False,
+    )
+    seed_everything(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return _collect(layout, timeout)
+
+
+def _collect(layout: ParallelLayout, timeout: timedelta) -> ProcessGroups:
+    """This rank's groups; the ranks are checked against the layout's arithmetic."""
+    rank = dist.get_rank()
+    replica = None
+    for data in range(layout.data):
+        group = dist.new_group(layout.replica_ranks(data), timeout=timeout)
+        if layout.coordinates(rank).data == data:
+            replica = group
+    assert replica is not None and dist.group.WORLD is not None
+    groups = ProcessGroups(
+        layout=layout,
+        rank=rank,
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        etp=parallel_state.get_expert_tensor_parallel_group(),
+        edp=parallel_state.get_expert_data_parallel_group(),
+        replica=replica,
+        world=dist.group.WORLD,
+    )
+    place = layout.coordinates(rank)
+    ours = (place.tensor, place.pipeline, place.data, place.expert, place.expert_tensor, place.expert_data)
+    theirs = tuple(g.rank() for g in (groups.tp, groups.pp, groups.dp, groups.ep, groups.etp, groups.edp))
+    assert ours == theirs, f"rank {rank}: layout says {ours}, Megatron-Core says {theirs}"
+    return groups
+
+
+def destroy_model_parallel() -> None:
+    """Drop Megatron's groups, keeping the processes joined: for another layout in the same processes."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_global_memory_buffer()
+
+
+def shutdown() -> None:
+    """Leave the job."""
+    if dist.is_initialized():
+        destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,87 @@
+"""Forward and backward over micro-batches, through Megatron's pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from gspo_megatron.types import MicroBatch
+
+# (logprobs[T], entropy[T], micro_batch) -> (loss, whatever the caller wants to know about the micro-batch)
+LossFunction = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Any]]
+
+
+def forward_backward(
+    chunks: Sequence[DistributedDataParallel], micro_batches: Sequence[MicroBatch], loss_function: LossFunction
+) -> list[Any]:
+    """Accumulate the gradient of the loss function summed over micro-batches and reduce it over all ranks.
+
+    The loss carries its own global 1/N. Returning a token count of zero beside the loss keeps Megatron
+    from rescaling it by micro-batches, data- or context-parallel ranks (`calculate_per_token_loss`).
+    Returns the loss function's reports on the last pipeline stage, [] elsewhere.
+    """
+
+    def loss(output: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor, Any]:
+        value, report = loss_function(output[0], output[1], micro)
+        return value, torch.zeros([], dtype=torch.int, device=value.device), report
+
+    return _run(chunks, micro_batches, loss, forward_only=False)
+
+
+def forward_only(chunks: Sequence[DistributedDataParallel], micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """[2, T] log-probabilities and entropies per micro-batch on the last pipeline stage, [] elsewhere."""
+
+    def collect(output: Tensor, micro: MicroBatch) -> Tensor:
+        return output.detach()
+
+    return _run(chunks, micro_batches, collect, forward_only=True)
+
+
+def _run(
+    chunks: Sequence[DistributedDataParallel],
+    micro_batches: Sequence[MicroBatch],
+    on_output: Callable[[Tensor, MicroBatch], Any],
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        micro = next(batches)
+        output = model(
+            input_ids=micro.token_ids[None],
+            position_ids=micro.positions[None],
+            attention_mask=None,
+            labels=micro.targets[None],
+            packed_seq_params=_packed(micro),
+        )
+
+        def after(output: Tensor, non_loss_data: bool = False) -> Any:
+            return on_output(output, micro)
+
+        return output, after
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(micro_batches),
+        model=list(chunks),
+        num_microbatches=len(micro_batches),
+        seq_length=max(m.num_tokens for m in micro_batches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _packed(micro: MicroBatch) -> PackedSeqParams:
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=micro.cu_seqlens,
+        cu_seqlens_kv=micro.cu_seqlens,
+        max_seqlen_q=micro.max_seqlen,
+        max_seqlen_kv=micro.max_seqlen,
+    )

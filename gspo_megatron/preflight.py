@@ -1,0 +1,510 @@
+"""What can be known about a run before it starts: checks over the config, the model folder and the task.
+
+No devices, no process groups, no megatron. A plan that can't work is refused here with everything that is wrong
+about it; one that can is described once, with its layout, batch arithmetic and effective clip.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import gcd
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from gspo_megatron.config import AlgorithmConfig, SftConfig, TrainConfig
+from gspo_megatron.config_io import dump_config
+from gspo_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from gspo_megatron.weights.families import Family, ModelFields
+
+ENGINE_LABELS = {"embedded": "embedded, not SGLang"}
+
+CONFIG_FILE = "config.toml"
+RECORDS = ("metrics.jsonl", "samples.jsonl")
+SAVED_FOLDERS = ("final", "tensorboard")
+RUN_FILES = (CONFIG_FILE, *RECORDS, "report.html", "report.png")
+
+_PROMPTS_LOOKED_AT = 64  # of each split
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A plan that passed: what it will do, and what is doubtful about it."""
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """Printed once by every run."""
+        lines = [f"{name:<10} {text}" for name, text in self.rows]
+        return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
+
+
+@dataclass
+class _Problems:
+    """Collects what is wrong, so that one message holds all of it."""
+
+    messages: list[str] = field(default_factory=list)
+
+    def require(self, condition: bool, message: str) -> None:
+        if not condition:
+            self.messages.append(message)
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[None]:
+        """Take a UserError of the block as one problem."""
+        try:
+            yield
+        except UserError as error:
+            self.messages.append(str(error))
+
+    def raise_if_any(self) -> None:
+        if len(self.messages) == 1:
+            raise UserError(self.messages[0])
+        if self.messages:
+            raise UserError(f"{len(self.messages)} things are wrong:\n" + "\n".join(f"- {m}" for m in self.messages))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_train(config: TrainConfig, *, folder: bool = True) -> Preflight:
+    """Check a training run; `folder=False` leaves the run folder out.
+
+    Raises:
+        UserError: everything that is wrong, each with the value and the remedy.
+    """
+    problems = _Problems()
+    fields = _check_common(config, problems, folder=folder)
+    algorithm = config.algorithm
+    warnings: list[str] = []
+    with problems.collect():
+        algorithm, warnings = _resolve_algorithm(config)
+        _check_batch(config, algorithm, problems)
+    problems.raise_if_any()
+    assert fields is not None
+    rows = [
+        *_describe_common(config, fields),
+        *_describe_algorithm(algorithm),
+        *_describe_batch(config, algorithm),
+        _describe_packing(config),
+        ("folder", config.run.folder),
+    ]
+    return Preflight(rows, warnings)
+
+
+def check_eval(config: TrainConfig) -> Preflight:
+    """Check an evaluation of `model.path`. It writes nothing, so the run folder is not looked at."""
+    problems = _Problems()
+    fields = _check_common(config, problems, folder=False)
+    problems.raise_if_any()
+    assert fields is not None
+    return Preflight([*_describe_common(config, fields), _describe_eval(config, "")])
+
+
+def check_sft(config: SftConfig, *, folder: bool = True) -> Preflight:
+    """Check a cold start; like `check_train`."""
+    problems = _Problems()
+    fields = _check_common(config, problems, folder=folder)
+    problems.require(
+        config.sft.batch_size >= config.parallel.data,
+        f"sft.batch_size={config.sft.batch_size} must be at least parallel.data={config.parallel.data}, "
+        "one answer for each data-parallel replica",
+    )
+    problems.raise_if_any()
+    assert fields is not None
+    stop = "" if config.sft.target_accuracy is None else f", or held-out accuracy {config.sft.target_accuracy:g}"
+    rows = [
+        *_describe_common(config, fields),
+        ("batch", f"{config.sft.batch_size} worked answers a step"),
+        _describe_replicas(config, config.sft.batch_size, "answers a step"),
+        ("length", f"{config.sft.steps} optimizer steps{stop}"),
+        _describe_eval(config, "after" + _every(config.eval.every, "steps")),
+        _describe_packing(config),
+        ("folder", config.run.folder),
+    ]
+    return Preflight(rows)
+
+
+def check_inputs(config: TrainConfig | SftConfig) -> Preflight:
+    """Check what only the tokenizer and the task can tell, on the first prompts of each split. After `check_…`.
+
+    Apart from the other checks because it imports transformers and reads or generates the task's data.
+
+    Raises:
+        UserError: no usable tokenizer, a task or data file that can't be used, a prompt longer than the context or
+            than the token budget.
+    """
+    from gspo_megatron import tasks
+    from gspo_megatron.tokenizer import Tokenizer
+
+    fields = _read_model(config.model.path)[1]
+    tokenizer = Tokenizer.load(config.model.path)
+    if tokenizer.vocab_size > fields.vocab_size:
+        raise UserError(
+            f"the tokenizer in model.path={config.model.path} knows {tokenizer.vocab_size} tokens, more than the "
+            f"model's vocab_size={fields.vocab_size}; give the tokenizer that belongs to the model"
+        )
+    task = tasks.build(config.task, tokenizer, seed=config.run.seed)
+    splits: dict[Literal["train", "heldout"], int] = {"heldout": config.eval.prompts}
+    if isinstance(config, TrainConfig):
+        splits["train"] = config.rollout.prompts_per_batch
+    else:
+        splits["train"] = config.sft.batch_size
+    lengths: list[int] = []
+    for split, wanted in splits.items():
+        prompts = task.prompts(split, 0, min(wanted, _PROMPTS_LOOKED_AT))
+        if not prompts:
+            raise UserError(f"task.name={config.task.name}: the {split} split holds no prompts")
+        for prompt in prompts:
+            _check_prompt(config, fields, split, prompt.id, len(prompt.token_ids))
+        lengths += [len(prompt.token_ids) for prompt in prompts]
+    return Preflight(
+        [("prompts", f"{min(lengths)} to {max(lengths)} tokens (the first {len(lengths)} were looked at)")]
+    )
+
+
+def _check_prompt(
+    config: TrainConfig | SftConfig, fields: ModelFields, split: str, prompt_id: int, num_tokens: int
+) -> None:
+    longest = num_tokens + config.rollout.max_response_tokens
+    name = f"prompt {prompt_id} of the {split} split"
+    if longest > fields.max_position_embeddings:
+        raise UserError(
+            f"{name} has {num_tokens} tokens; with rollout.max_response_tokens={config.rollout.max_response_tokens} it "
+            f"exceeds the model's context, max_position_embeddings={fields.max_position_embeddings}; "
+            "use shorter prompts or fewer response tokens"
+        )
+    if longest > config.data.token_budget:
+        raise UserError(
+            f"data.token_budget={config.data.token_budget} is smaller than one sequence: {name} has "
+            f"{num_tokens} tokens and rollout.max_response_tokens={config.rollout.max_response_tokens}; "
+            f"use at least {longest}"
+        )
+
+
+def prepare_run_folder(config: TrainConfig | SftConfig) -> Path:
+    """Make the run folder and write the resolved config into it; returns its path.
+
+    Under `run.overwrite` the records, the report and the saved weights of an earlier run are removed.
+
+    Raises:
+        UserError: the folder holds another run, or can't be written.
+    """
+    problems = _Problems()
+    _check_folder(config, problems)
+    problems.raise_if_any()
+    folder = Path(config.run.folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
+        for name in SAVED_FOLDERS:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+        (folder / CONFIG_FILE).write_text(dump_config(resolve(config)), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run.folder={folder} cannot be written: {error}") from None
+    return folder
+
+
+def release_run_folder(config: TrainConfig | SftConfig) -> None:
+    """Take back `prepare_run_folder` after a run that failed before its first record: the folder is free again."""
+    folder = Path(config.run.folder)
+    if any((folder / name).exists() and (folder / name).stat().st_size for name in RECORDS):
+        return
+    for name in (CONFIG_FILE, *RECORDS):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it holds something else: leave it
+        folder.rmdir()
+
+
+def resolve(config: TrainConfig | SftConfig) -> TrainConfig | SftConfig:
+    """The config with the algorithm's defaults written out: what the run really uses."""
+    if isinstance(config, SftConfig):
+        return config
+    return dataclasses.replace(config, algorithm=_resolve_algorithm(config)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _resolve_algorithm(config: TrainConfig) -> tuple[AlgorithmConfig, list[str]]:
+    """The [algorithm] section with the algorithm's own values for what was left unset, and its warnings."""
+    from gspo_megatron import algorithms
+
+    algorithm = algorithms.build(config.algorithm)
+    resolved = {
+        name: getattr(algorithm, name)
+        for name in (f.name for f in dataclasses.fields(AlgorithmConfig))
+        if getattr(config.algorithm, name) is None and getattr(algorithm, name, None) is not None
+    }
+    return dataclasses.replace(config.algorithm, **resolved), list(algorithms.warnings(config.algorithm, algorithm))
+
+
+def _check_common(config: TrainConfig | SftConfig, problems: _Problems, *, folder: bool) -> ModelFields | None:
+    """Model, layout, lengths and run folder; returns the model's fields if they could be read."""
+    fields = None
+    with problems.collect():
+        family, fields = _read_model(config.model.path)
+    _check_supported(config, problems)
+    if fields is not None:
+        if config.model.init == "weights":
+            with problems.collect():
+                _check_weights(config.model.path, family, fields)
+        _check_layout(config, fields, problems)
+        _check_lengths(config, fields, problems)
+    problems.require(
+        config.eval.prompts >= config.parallel.data,
+        f"eval.prompts={config.eval.prompts} must be at least parallel.data={config.parallel.data}: "
+        "each data-parallel replica evaluates its own share",
+    )
+    if folder:
+        _check_folder(config, problems)
+    return fields
+
+
+def _read_model(path: str) -> tuple[Family, ModelFields]:
+    """Family and fields of the model folder; a hand-written config.json may hold anything."""
+    from gspo_megatron.weights.families import load_fields
+
+    try:
+        family, fields = load_fields(path)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{path}/config.json holds a value of a wrong type: {error}") from error
+    _check_numbers(path, fields)
+    return family, fields
+
+
+def _check_numbers(path: str, fields: ModelFields) -> None:
+    for item in dataclasses.fields(fields):
+        value = getattr(fields, item.name)
+        if str(item.type).startswith("int") and item.name not in ("experts_per_token", "expert_ffn_hidden_size"):
+            if value is None and item.type == "int | None":
+                continue
+            if type(value) is not int or value < 1:
+                raise UserError(f"{path}/config.json: {item.name}={value!r} must be a positive integer")
+    if fields.num_experts is not None and not 1 <= fields.experts_per_token <= fields.num_experts:
+        raise UserError(
+            f"{path}/config.json: num_experts_per_tok={fields.experts_per_token} must lie between 1 and "
+            f"num_experts={fields.num_experts}"
+        )
+
+
+def _check_supported(config: TrainConfig | SftConfig, problems: _Problems) -> None:
+    parallel = config.parallel
+    for name in ("context", "virtual_pipeline", "expert_tensor"):
+        degree = getattr(parallel, name)
+        problems.require(degree == 1, f"parallel.{name}={degree} is not supported yet; use 1")
+    problems.require(
+        config.model.router_aux_loss == 0 or parallel.tensor == 1,
+        f"model.router_aux_loss={config.model.router_aux_loss:g} with parallel.tensor={parallel.tensor} is refused: "
+        "Megatron-Core 0.16.1 computes the load-balancing loss wrongly under tensor and sequence parallelism; "
+        "use parallel.tensor=1 or model.router_aux_loss=0",
+    )
+
+
+def _check_weights(path: str, family: Family, fields: ModelFields) -> None:
+    """Names and shapes from the files' headers; no tensor is read."""
+    from gspo_megatron.weights.hf_checkpoint import HFCheckpoint
+
+    HFCheckpoint(path).verify(family.specs(fields))
+
+
+def _check_layout(config: TrainConfig | SftConfig, fields: ModelFields, problems: _Problems) -> None:
+    parallel = config.parallel
+    split_by_tensor = {
+        "num_attention_heads": fields.num_attention_heads,
+        "num_key_value_heads": fields.num_query_groups,
+    }
+    if fields.dense_layers:
+        split_by_tensor["intermediate_size"] = fields.ffn_hidden_size
+    _check_divides(problems, "tensor", parallel.tensor, split_by_tensor)
+    _check_divides(problems, "pipeline", parallel.pipeline, {"num_hidden_layers": fields.num_layers})
+    if fields.num_experts is None:
+        problems.require(
+            parallel.expert == 1,
+            f"parallel.expert={parallel.expert}, but the model has no experts (it is dense); use 1",
+        )
+    else:
+        stage = parallel.tensor * parallel.context * parallel.data
+        _check_divides(
+            problems,
+            "expert",
+            parallel.expert,
+            {"num_experts": fields.num_experts},
+            usable=lambda degree: stage % (degree * parallel.expert_tensor) == 0,
+        )
+
+
+def _check_divides(
+    problems: _Problems,
+    name: str,
+    degree: int,
+    sizes: dict[str, int],
+    usable: Callable[[int], bool] = lambda degree: True,
+) -> None:
+    """The degree must divide every size; the message lists those that do and fit the rest of the layout."""
+    wrong = [f"{size_name}={size}" for size_name, size in sizes.items() if size % degree]
+    common = gcd(*sizes.values())
+    remedy = _one_of([d for d in _divisors(common) if usable(d)])
+    problems.require(not wrong, f"parallel.{name}={degree} must divide {' and '.join(wrong)}; use {remedy}")
+
+
+def _check_lengths(config: TrainConfig | SftConfig, fields: ModelFields, problems: _Problems) -> None:
+    longest = config.rollout.max_response_tokens
+    problems.require(
+        longest < fields.max_position_embeddings,
+        f"rollout.max_response_tokens={longest} leaves no room for a prompt in the model's context, "
+        f"max_position_embeddings={fields.max_position_embeddings}; use less",
+    )
+    problems.require(
+        longest < config.data.token_budget,
+        f"data.token_budget={config.data.token_budget} is smaller than one sequence: a prompt and "
+        f"rollout.max_response_tokens={longest}; use at least {longest + 1} and the longest prompt's tokens",
+    )
+
+
+def _check_batch(config: TrainConfig, algorithm: AlgorithmConfig, problems: _Problems) -> None:
+    prompts, mini_batches = config.rollout.prompts_per_batch, algorithm.mini_batches
+    assert mini_batches is not None
+    near = sorted({max(1, prompts // mini_batches) * mini_batches, -(-prompts // mini_batches) * mini_batches})
+    problems.require(
+        prompts % mini_batches == 0,
+        f"algorithm.mini_batches={mini_batches} must divide rollout.prompts_per_batch={prompts}; "
+        f"use {_one_of(_divisors(prompts))} mini-batches, or {_one_of(near)} prompts",
+    )
+    problems.require(
+        prompts >= config.parallel.data,
+        f"rollout.prompts_per_batch={prompts} must be at least parallel.data={config.parallel.data}: "
+        "each data-parallel replica generates its own prompts",
+    )
+
+
+def _check_folder(config: TrainConfig | SftConfig, problems: _Problems) -> None:
+    folder = Path(config.run.folder)
+    if folder.exists() and not folder.is_dir():
+        problems.messages.append(f"run.folder={folder} is a file; give a folder")
+        return
+    if folder.exists() and folder.resolve() == Path(config.model.path).resolve():
+        problems.messages.append(f"run.folder={folder} is the model's own folder, model.path; give another folder")
+        return
+    found = [name for name in (CONFIG_FILE, *RECORDS, *SAVED_FOLDERS) if (folder / name).exists()]
+    problems.require(
+        config.run.overwrite or not found,
+        f"run.folder={folder} already holds a run ({', '.join(found)}); give another folder, "
+        "or --run.overwrite to replace its files",
+    )
+    # What is removed must not be what is read.
+    model = Path(config.model.path).resolve()
+    problems.require(
+        not (config.run.overwrite and any(model.is_relative_to((folder / name).resolve()) for name in SAVED_FOLDERS)),
+        f"model.path={config.model.path} lies in run.folder={folder}, which run.overwrite would replace; "
+        "give another run folder",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Descriptions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _describe_common(config: TrainConfig | SftConfig, fields: ModelFields) -> list[tuple[str, str]]:
+    experts = (
+        f"{fields.num_experts} experts of which {fields.experts_per_token} a token" if fields.num_experts else "dense"
+    )
+    start = "its weights" if config.model.init == "weights" else f"random weights, seed {config.run.seed}"
+    return [
+        (
+            "model",
+            f"{config.model.path}: {fields.num_layers} layers, hidden size {fields.hidden_size}, {experts}; "
+            f"{start}, {config.model.dtype}",
+        ),
+        ("layout", config.parallel.layout().describe()),
+        ("engine", ENGINE_LABELS[config.rollout.engine]),
+        ("task", " ".join(filter(None, (config.task.name, config.task.dataset)))),
+    ]
+
+
+def _describe_algorithm(algorithm: AlgorithmConfig) -> list[tuple[str, str]]:
+    parts = [algorithm.name]
+    if algorithm.clip_low is not None and algorithm.clip_high is not None:
+        parts.append(f"clip to [1 − {algorithm.clip_low:g}, 1 + {algorithm.clip_high:g}]")
+    parts.append("no dual clip" if algorithm.dual_clip is None else f"dual clip {algorithm.dual_clip:g}")
+    parts.append(f"KL coefficient {algorithm.kl_coefficient:g}" if algorithm.kl_coefficient else "no KL")
+    if algorithm.entropy_coefficient:
+        parts.append(f"entropy coefficient {algorithm.entropy_coefficient:g}")
+    parts.append("advantages / std" if algorithm.normalize_std else "advantages not divided by std")
+    if algorithm.dynamic_sampling:
+        parts.append(f"dynamic sampling, at most {algorithm.dynamic_sampling_max_rounds} rounds")
+    if algorithm.mismatch != "off":
+        parts.append(f"mismatch weight: {algorithm.mismatch}")
+    if algorithm.shuffle_advantages:
+        parts.append("CONTROL: advantages shuffled within groups")
+    return [("algorithm", "; ".join(parts))]
+
+
+def _describe_batch(config: TrainConfig, algorithm: AlgorithmConfig) -> list[tuple[str, str]]:
+    rollout, mini_batches = config.rollout, algorithm.mini_batches
+    assert mini_batches is not None
+    sequences = rollout.prompts_per_batch * rollout.samples_per_prompt
+    batches = config.train.rollout_batches
+    return [
+        (
+            "batch",
+            f"{rollout.prompts_per_batch} prompts × {rollout.samples_per_prompt} samples = {sequences} sequences a "
+            f"rollout batch; {mini_batches} optimizer step{'s' if mini_batches > 1 else ''} of "
+            f"{sequences // mini_batches} sequences each",
+        ),
+        _describe_replicas(config, rollout.prompts_per_batch, "prompts a rollout batch"),
+        ("length", f"{batches} rollout batches × {mini_batches} = {batches * mini_batches} optimizer steps"),
+        _describe_eval(config, "before, after" + _every(config.eval.every, "rollout batches")),
+    ]
+
+
+def _describe_eval(config: TrainConfig | SftConfig, when: str) -> tuple[str, str]:
+    samples = config.eval.samples
+    text = f"{config.eval.prompts} held-out prompts × {samples} sample{'s' if samples > 1 else ''}"
+    return "evaluation", f"{text}; {when}" if when else text
+
+
+def _every(count: int, unit: str) -> str:
+    return f", every {count} {unit}" if count else ""
+
+
+def _describe_replicas(config: TrainConfig | SftConfig, count: int, unit: str) -> tuple[str, str]:
+    data = config.parallel.data
+    low, rest = divmod(count, data)
+    share = f"{low}–{low + 1}" if rest else str(low)
+    return "replicas", "1" if data == 1 else f"{data} data-parallel, {share} {unit} on each"
+
+
+def _describe_packing(config: TrainConfig | SftConfig) -> tuple[str, str]:
+    return (
+        "packing",
+        f"at most {config.data.token_budget} tokens a micro-batch; "
+        f"responses of at most {config.rollout.max_response_tokens} tokens",
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _one_of(values: Sequence[int], most: int = 10) -> str:
+    """'1', '1 or 2', '1, 2, 3 …'."""
+    shown = [str(v) for v in values[:most]]
+    if len(values) > most:
+        return ", ".join(shown) + " …"
+    return " or ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))

@@ -1,0 +1,136 @@
+"""Rank 0's account of a run: metrics.jsonl, samples.jsonl, the progress display. Collective where it gathers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gspo_megatron import step_metrics
+from gspo_megatron.evaluate import EvalResult
+from gspo_megatron.experience import Experience
+from gspo_megatron.job import Job
+from gspo_megatron.metrics import MetricsWriter
+from gspo_megatron.policy.policy import StepResult
+from gspo_megatron.progress import Progress
+from gspo_megatron.types import StepBatch
+
+
+@dataclass(frozen=True)
+class BatchOutcome:
+    """What one rollout batch left behind on one rank."""
+
+    policy_version: int  # of the weights that generated it
+    experience: Experience
+    mini_batches: list[StepBatch]
+    results: list[StepResult]
+    sent_bytes: int
+    times: dict[str, float]  # seconds, by metric name
+
+
+class Recorder:
+    """Writes one row of metrics per rollout batch."""
+
+    def __init__(self, job: Job, label: str, total: int, unit: str = "batch") -> None:
+        self.job = job
+        self.is_writer = job.groups.rank == 0
+        self.display = Progress(total, label, enabled=self.is_writer, unit=unit)
+        self.writer: MetricsWriter | None = None
+        self.last_row: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Recorder]:
+        """Open the run folder's files, and close them at the end."""
+        config = self.job.config
+        with contextlib.ExitStack() as stack:
+            if self.is_writer:
+                self.writer = stack.enter_context(
+                    MetricsWriter(
+                        config.run.folder,
+                        tensorboard=config.log.tensorboard,
+                        wandb_project=config.log.wandb_project,
+                        config=dataclasses.asdict(config),
+                    )
+                )
+            stack.enter_context(self.display)
+            yield self
+
+    def batch(self, step: int, outcome: BatchOutcome, evaluation: EvalResult | None) -> None:
+        """Gather one rollout batch's figures and write them."""
+        padding = [b.padding_fraction for b in outcome.mini_batches]
+        records = self.job.gather(
+            step_metrics.record(
+                [result.reports for result in outcome.results],
+                outcome.experience,
+                padding_fraction=sum(padding) / len(padding),
+                sent_bytes=outcome.sent_bytes,
+            )
+        )
+        samples = self.job.gather(self._samples(outcome))
+        if records is None or samples is None:
+            return
+        row: dict[str, Any] = {"policy_version": outcome.policy_version, **step_metrics.summarize(records)}
+        tokens = row.pop("response_tokens")
+        row |= outcome.times
+        row["rollout_tokens_per_s"] = tokens / outcome.times["time_rollout_s"]
+        row["grad_norm"] = sum(r.grad_norm for r in outcome.results) / len(outcome.results)
+        row["learning_rate"] = outcome.results[-1].learning_rate
+        self.write(step, row, evaluation)
+        assert self.writer is not None
+        flat = [sample for part in samples for sample in part]
+        self.writer.write_samples(step, flat[: self.job.config.log.samples_per_batch])
+
+    def write(self, step: int, row: dict[str, Any], evaluation: EvalResult | None) -> None:
+        """One row of metrics.jsonl, at rank 0; the evaluation is that of the weights after the step."""
+        if self.writer is None:
+            return
+        assert self.job.engine is not None  # rank 0 is a head
+        row = {"step": step, "engine": self.job.engine.name, **row}
+        if evaluation is not None:
+            row |= {
+                "eval_reward_mean": evaluation.mean,
+                "eval_reward_ci95": evaluation.ci95,
+                "eval_samples_per_prompt": evaluation.num_samples,
+                "pass_at_k": evaluation.pass_at[max(evaluation.pass_at)],
+            }
+            self.display.note(f"after step {step}: {evaluation}")
+        self.writer.write(row)
+        if step > 0:
+            self.display.update(row)
+        self.last_row = row
+
+    def _samples(self, outcome: BatchOutcome) -> list[dict[str, Any]] | None:
+        """A few of this head's rollouts: the best, the worst and the longest among them."""
+        experience = outcome.experience
+        if not experience.groups:
+            return None
+        flat = [
+            (rollout, advantage, group.prompt.text)
+            for group, advantages in zip(experience.groups, experience.advantages, strict=True)
+            for rollout, advantage in zip(group.rollouts, advantages, strict=True)
+        ]
+        scored = [i for i, (r, _, _) in enumerate(flat) if r.reward is not None]
+        chosen: list[int] = []
+        if scored:
+            chosen = [
+                max(scored, key=lambda i: flat[i][0].reward or 0.0),
+                min(scored, key=lambda i: flat[i][0].reward or 0.0),
+            ]
+        chosen.append(max(range(len(flat)), key=lambda i: int(flat[i][0].response_mask.sum())))
+        chosen = list(dict.fromkeys([*chosen, *range(len(flat))]))[: self.job.config.log.samples_per_batch]
+        rows = []
+        for i in chosen:
+            rollout, advantage, prompt = flat[i]
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "response": self.job.tokenizer.decode(rollout.token_ids[rollout.response_mask].tolist()),
+                    "reward": rollout.reward,
+                    "finish_reason": rollout.finish_reason,
+                    "policy_version": outcome.policy_version,
+                    "advantage": advantage,
+                }
+            )
+        return rows

@@ -1,0 +1,169 @@
+"""The embedded engine: batched sampling with a KV cache over the transformers model, in this process.
+
+For tiny models and machines without SGLang. It holds a full copy of the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.initialization import no_init_weights
+
+from gspo_megatron.rollout.engine import SamplingParams
+from gspo_megatron.types import Group, NamedTensor, Prompt, Rollout
+
+EXPERT = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
+
+
+class EmbeddedEngine:
+    """RolloutEngine over a transformers model that is filled by weight updates."""
+
+    name = "embedded, not SGLang"
+
+    def __init__(self, model_folder: str | Path, *, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
+        config = AutoConfig.from_pretrained(model_folder, local_files_only=True)
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa", experts_implementation="grouped_mm"
+            )
+        self.model = model.to(device).eval()
+        self.device, self.batch_size = device, batch_size
+        self._parameters = dict(self.model.named_parameters())
+        self._elements_missing: dict[str, int] | None = None
+        self._version = -1
+
+    @property
+    def version(self) -> int:
+        """Version of the weights in use; -1 before the first update."""
+        return self._version
+
+    def pause(self) -> None:
+        """Nothing runs between calls of `generate`."""
+
+    def resume(self) -> None:
+        """Nothing to resume."""
+
+    def begin_update(self, version: int) -> None:
+        """Start receiving the weights of a version; until `end_update` nothing is generated."""
+        assert self._elements_missing is None, "an update is already open"
+        self._elements_missing = {name: p.numel() for name, p in self._parameters.items()}
+        self._next_version = version
+
+    @torch.no_grad()
+    def update(self, bucket: Sequence[NamedTensor]) -> None:
+        """Copy HF-named tensors into the model."""
+        assert self._elements_missing is not None, "update outside begin_update … end_update"
+        for item in bucket:
+            name, target = self._target(item.name)
+            assert target.shape == item.tensor.shape, (item.name, target.shape, item.tensor.shape)
+            target.copy_(item.tensor)
+            self._elements_missing[name] -= target.numel()
+
+    def end_update(self) -> None:
+        """Check that every element was received once."""
+        assert self._elements_missing is not None
+        wrong = sorted(name for name, missing in self._elements_missing.items() if missing != 0)
+        assert not wrong, f"the update did not cover each parameter exactly once: {wrong}"
+        self._elements_missing = None
+        self._version = self._next_version
+
+    def _target(self, hf_name: str) -> tuple[str, Tensor]:
+        """The parameter, or the part of one, that a checkpoint's tensor names: transformers 5 holds the
+        experts of a layer in two stacked parameters, checkpoints hold them one by one."""
+        match = EXPERT.fullmatch(hf_name)
+        if not match:
+            return hf_name, self._parameters[hf_name]
+        prefix, expert, projection = match[1], int(match[2]), match[3]
+        if projection == "down":
+            name = prefix + "down_proj"
+            return name, self._parameters[name][expert]
+        name = prefix + "gate_up_proj"
+        gate, up = self._parameters[name][expert].chunk(2, dim=0)
+        return name, gate if projection == "gate" else up
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Group]:
+        """Sample `num_samples` responses for each prompt."""
+        assert self._elements_missing is None and self._version >= 0, "generate before the first complete update"
+        generator = torch.Generator(self.device).manual_seed(params.seed)
+        per_batch = max(1, self.batch_size // params.num_samples)
+        # Prompts of like length share a batch; results return in the caller's order.
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].token_ids), i))
+        by_index: dict[int, Group] = {}
+        for start in range(0, len(order), per_batch):
+            chosen = order[start : start + per_batch]
+            batch = [prompts[i] for i in chosen]
+            tokens, logprobs = self._sample(batch, params, generator)
+            by_index |= dict(zip(chosen, self._to_groups(batch, tokens, logprobs, params), strict=True))
+        return [by_index[i] for i in range(len(prompts))]
+
+    def _sample(
+        self, prompts: Sequence[Prompt], params: SamplingParams, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and log-probabilities [prompts × samples, response]; -1 behind a response's end."""
+        longest = max(len(p.token_ids) for p in prompts)
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # left padding: all rows end at the same column
+            ids[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+            mask[row, longest - len(prompt.token_ids) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        logits = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+        ).logits[:, -1]
+        # The prompt is computed once and shared by its samples.
+        cache.batch_repeat_interleave(params.num_samples)
+        logits = logits.repeat_interleave(params.num_samples, 0)
+        mask = mask.repeat_interleave(params.num_samples, 0)
+        position = positions[:, -1:].repeat_interleave(params.num_samples, 0)
+        stop = torch.tensor(params.stop_token_ids, device=self.device)
+        ended = torch.zeros(logits.shape[0], dtype=torch.bool, device=self.device)
+        all_tokens, all_logprobs = [], []
+        for step in range(params.max_response_tokens):
+            logprobs = torch.log_softmax(logits.float() / params.temperature, dim=-1)
+            token = torch.multinomial(logprobs.exp(), 1, generator=generator)
+            chosen = logprobs.gather(1, token).squeeze(1)
+            token = token.squeeze(1)
+            all_tokens.append(torch.where(ended, -1, token))
+            all_logprobs.append(torch.where(ended, 0.0, chosen))
+            ended = ended | torch.isin(token, stop)
+            if step == params.max_response_tokens - 1 or bool(ended.all()):
+                break
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+            position = position + 1
+            logits = self.model(
+                input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache
+            ).logits[:, -1]
+        return torch.stack(all_tokens, 1).cpu(), torch.stack(all_logprobs, 1).cpu()
+
+    def _to_groups(
+        self, prompts: Sequence[Prompt], tokens: Tensor, logprobs: Tensor, params: SamplingParams
+    ) -> list[Group]:
+        stop = set(params.stop_token_ids)
+        groups = []
+        for i, prompt in enumerate(prompts):
+            rollouts = []
+            prompt_ids = torch.tensor(prompt.token_ids, dtype=torch.int64)
+            for row in range(i * params.num_samples, (i + 1) * params.num_samples):
+                length = int((tokens[row] >= 0).sum())
+                response = tokens[row, :length]
+                in_prompt = len(prompt.token_ids)
+                rollouts.append(
+                    Rollout(
+                        prompt_id=prompt.id,
+                        token_ids=torch.cat([prompt_ids, response]),
+                        response_mask=torch.arange(in_prompt + length) >= in_prompt,
+                        rollout_logprobs=torch.cat([torch.zeros(in_prompt), logprobs[row, :length]]),
+                        policy_versions=torch.tensor([-1] * in_prompt + [self._version] * length, dtype=torch.int32),
+                        finish_reason="stop" if int(response[-1]) in stop else "length",
+                    )
+                )
+            groups.append(Group(prompt, rollouts))
+        return groups

@@ -1,0 +1,90 @@
+"""Supervised cold start on a task's worked answers, through the same Megatron path as training."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gspo_megatron import ops
+from gspo_megatron.config import SftConfig
+from gspo_megatron.data.exchange import distribute
+from gspo_megatron.evaluate import EvalResult, evaluate
+from gspo_megatron.job import Job, open_job, sync_weights
+from gspo_megatron.policy.policy import MegatronPolicy
+from gspo_megatron.policy.step import LossFunction
+from gspo_megatron.recorder import Recorder
+from gspo_megatron.types import MicroBatch, Sequence, StepBatch
+
+
+def run(config: SftConfig) -> None:
+    """The `sft` command on one rank: train, evaluate every eval.every steps, save to run.folder/final."""
+    with open_job(config) as job:
+        policy = MegatronPolicy(
+            config.model, config.optimizer, job.groups, seed=config.run.seed, total_steps=config.sft.steps
+        )
+        with Recorder(job, "sft", config.sft.steps, unit="step").open() as recorder:
+            for step in range(1, config.sft.steps + 1):
+                start = time.perf_counter()
+                batch = _batch(job, step - 1)
+                result = policy.train_step(batch, answer_loss(batch.num_global_sequences))
+                loss = sum(job.all_gather(sum(map(float, result.reports)) if job.groups.reports_loss else None))
+                row = {"loss": loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+                row["time_step_s"] = time.perf_counter() - start
+                evaluation = _evaluate_if_due(job, policy, step)
+                recorder.write(step, row, evaluation)
+                target = config.sft.target_accuracy
+                if evaluation is not None and target is not None and evaluation.mean >= target:
+                    break
+            else:
+                if config.sft.target_accuracy is not None and job.groups.rank == 0:
+                    recorder.display.note(
+                        f"sft.target_accuracy={config.sft.target_accuracy} was not reached in {config.sft.steps} steps"
+                    )
+        policy.save_hf(Path(config.run.folder) / "final")
+
+
+def answer_loss(num_sequences: int) -> LossFunction:
+    """Negative log-likelihood of the answers, each answer weighing the same whatever its length."""
+
+    def loss(logprobs: Tensor, entropy: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        value = ops.sequence_mean(-logprobs, micro.response_mask, micro.cu_seqlens, num_sequences=num_sequences)
+        return value, value.detach()
+
+    return loss
+
+
+def _batch(job: Job, step: int) -> StepBatch:
+    """The step's worked answers, packed."""
+    config = job.config
+    assert isinstance(config, SftConfig)
+    sequences = []
+    if job.groups.is_head:
+        size = config.sft.batch_size
+        prompts = job.task.prompts("train", step * size, size)
+        for i in job.share(size):
+            answer = job.tokenizer.encode_answer(job.task.answer(prompts[i]))
+            token_ids = torch.tensor([*prompts[i].token_ids, *answer])
+            mask = torch.arange(len(token_ids)) >= len(prompts[i].token_ids)
+            sequences.append(Sequence(i, token_ids, mask, torch.zeros(len(token_ids)), torch.tensor(1.0)))
+    [batch] = distribute(
+        sequences,
+        job.groups,
+        mini_batches=1,
+        token_budget=config.data.token_budget,
+        pad_token_id=job.tokenizer.pad_token_id,
+        device=job.device,
+    )
+    return batch
+
+
+def _evaluate_if_due(job: Job, policy: MegatronPolicy, step: int) -> EvalResult | None:
+    config = job.config
+    assert isinstance(config, SftConfig)
+    every = config.eval.every
+    if step != config.sft.steps and not (every and step % every == 0):
+        return None
+    sync_weights(policy, job, version=step)
+    return evaluate(job)

@@ -1,0 +1,170 @@
+"""What a rollout batch reports, defined so that it is the same in every parallel layout.
+
+Each rank keeps sums, maxima and per-sequence values apart; rank 0 puts them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gspo_megatron.algorithms import Algorithm, Mismatch, objective
+from gspo_megatron.experience import Experience
+from gspo_megatron.metrics import summarize_ratios
+from gspo_megatron.ops import PolicyLossStats
+from gspo_megatron.policy.step import LossFunction
+from gspo_megatron.types import MicroBatch
+
+
+@dataclass(frozen=True)
+class MicroStats:
+    """One micro-batch of one optimizer step. On the device; read once per rollout batch."""
+
+    sequence_ids: Tensor  # [S]
+    log_ratio: Tensor  # [S]
+    clipped: Tensor  # [S] bool
+    clipped_tokens: Tensor  # [S]
+    num_tokens: Tensor  # [S]
+    advantages: Tensor  # [S]
+    sums: Tensor  # [4] loss, entropy, k3 of engine and trainer, response tokens
+    maxima: Tensor  # [2] token log-ratio, |engine - trainer|
+
+
+def observe(micro: MicroBatch, logprobs: Tensor, entropy: Tensor, loss: Tensor, stats: PolicyLossStats) -> MicroStats:
+    """Collect a micro-batch's figures without synchronising with the device."""
+    mask = micro.response_mask
+    assert micro.old_logprobs is not None
+    zero = torch.zeros_like(micro.old_logprobs)
+    gap = torch.where(mask, micro.old_logprobs - micro.rollout_logprobs, zero)
+    token_log_ratio = torch.where(mask, logprobs.detach() - micro.old_logprobs, zero)
+    segment = torch.searchsorted(micro.cu_seqlens, torch.arange(mask.numel(), device=mask.device), right=True) - 1
+
+    def per_sequence(values: Tensor) -> Tensor:
+        out = torch.zeros(micro.sequence_ids.numel(), dtype=torch.float64, device=mask.device)
+        return out.index_add_(0, segment, values.double())
+
+    advantages = micro.advantages
+    if advantages.numel() != micro.sequence_ids.numel():
+        total = per_sequence(torch.where(mask, advantages, zero))
+        advantages = total / stats.num_response_tokens.clamp(min=1)
+    return MicroStats(
+        sequence_ids=micro.sequence_ids,
+        log_ratio=stats.log_ratio.detach(),
+        clipped=stats.clipped,
+        clipped_tokens=per_sequence(stats.clipped_tokens & mask),
+        num_tokens=stats.num_response_tokens,
+        advantages=advantages,
+        sums=torch.stack(
+            [
+                loss.detach().double(),
+                torch.where(mask, entropy.detach(), zero).double().sum(),
+                (gap.expm1() - gap).double().sum(),
+                mask.double().sum(),
+            ]
+        ),
+        maxima=torch.stack([token_log_ratio.max(), gap.abs().max()]),
+    )
+
+
+def observed_loss(algorithm: Algorithm, mismatch: Mismatch, *, num_sequences: int) -> LossFunction:
+    """The algorithm's whole loss on one micro-batch; its report is a MicroStats."""
+
+    def loss(logprobs: Tensor, entropy: Tensor, micro: MicroBatch) -> tuple[Tensor, MicroStats]:
+        result = objective(algorithm, logprobs, entropy, micro, num_sequences=num_sequences, mismatch=mismatch)
+        return result.loss, observe(micro, logprobs, entropy, result.loss, result.stats)
+
+    return loss
+
+
+@dataclass
+class RankRecord:
+    """What one rank sends to rank 0 for one rollout batch. Plain numbers."""
+
+    # of the loss-reporting ranks, one list entry per mini-batch
+    sequences: list[dict[str, list[float]]] = field(default_factory=list)
+    sums: list[list[float]] = field(default_factory=list)
+    maxima: list[list[float]] = field(default_factory=list)
+    padding_fraction: float = 0.0
+    # of the heads
+    rewards: list[list[float | None]] = field(default_factory=list)
+    response_lengths: list[int] = field(default_factory=list)
+    truncated: int = 0
+    failed: int = 0
+    timed_out: int = 0
+    # of all
+    sent_bytes: int = 0
+
+
+def record(
+    reports: Sequence[Sequence[MicroStats]], experience: Experience, *, padding_fraction: float, sent_bytes: int
+) -> RankRecord:
+    """This rank's record; `reports` holds the micro-batches of each mini-batch, [] away from the last stage."""
+    out = RankRecord(padding_fraction=padding_fraction, sent_bytes=sent_bytes)
+    for micros in reports:
+        if not micros:
+            continue
+        real = [m.sequence_ids >= 0 for m in micros]
+        names = ("sequence_ids", "log_ratio", "clipped", "clipped_tokens", "num_tokens", "advantages")
+        out.sequences.append(
+            {
+                name: torch.cat(
+                    [getattr(m, name)[keep].double() for m, keep in zip(micros, real, strict=True)]
+                ).tolist()
+                for name in names
+            }
+        )
+        out.sums.append(torch.stack([m.sums for m in micros]).sum(0).tolist())
+        out.maxima.append(torch.stack([m.maxima for m in micros]).amax(0).tolist())
+    for group in experience.groups:
+        out.rewards.append([r.reward for r in group.rollouts])
+        out.response_lengths += [int(r.response_mask.sum()) for r in group.rollouts]
+        out.truncated += sum(r.finish_reason == "length" for r in group.rollouts)
+    out.failed, out.timed_out = experience.score.num_failed, experience.score.num_timed_out
+    return out
+
+
+def summarize(records: Sequence[RankRecord]) -> dict[str, float | None]:
+    """The metrics of one rollout batch from all ranks' records."""
+    row: dict[str, float | None] = {}
+    training = [r for r in records if r.sequences]
+    values = {
+        name: torch.tensor([x for r in training for part in r.sequences for x in part[name]], dtype=torch.float64)
+        for name in training[0].sequences[0]
+    }
+    row |= summarize_ratios(
+        values["log_ratio"],
+        values["clipped"].bool(),
+        values["clipped_tokens"],
+        values["num_tokens"],
+        values["advantages"],
+    )
+    sums = torch.tensor([r.sums for r in training], dtype=torch.float64).sum(0)  # [mini-batches, 4]
+    maxima = torch.tensor([r.maxima for r in training], dtype=torch.float64).amax((0, 1))
+    loss, entropy, k3, tokens = sums.unbind(1)
+    row["loss"] = float(loss.mean())
+    if tokens.sum() > 0:
+        row["entropy"] = float(entropy.sum() / tokens.sum())
+        row["kl_rollout_trainer"] = float(k3.sum() / tokens.sum())
+        row["token_ratio_max"] = float(maxima[0].exp())
+        row["sync_probe_max_abs"] = float(maxima[1])
+    first = [abs(x) for r in training for x in r.sequences[0]["log_ratio"]]
+    row["old_logprob_gap_first_mini_batch"] = max(first, default=None)
+    row["padding_fraction"] = sum(r.padding_fraction for r in training) / len(training)
+
+    groups = [[x for x in g if x is not None] for r in records for g in r.rewards]
+    rewards = torch.tensor([x for g in groups for x in g], dtype=torch.float64)
+    if rewards.numel():
+        row["reward_mean"] = float(rewards.mean())
+        row["reward_std"] = float(rewards.std(unbiased=False))
+    lengths = [n for r in records for n in r.response_lengths]
+    row["response_length_mean"] = sum(lengths) / len(lengths)
+    row["truncated_fraction"] = sum(r.truncated for r in records) / len(lengths)
+    row["zero_variance_group_fraction"] = sum(not g or min(g) == max(g) for g in groups) / len(groups)
+    row["num_failed_rewards"] = sum(r.failed for r in records)
+    row["num_timed_out_rewards"] = sum(r.timed_out for r in records)
+    row["reshard_bytes"] = sum(r.sent_bytes for r in records)
+    row["response_tokens"] = sum(lengths)
+    return row

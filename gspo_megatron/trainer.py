@@ -1,0 +1,105 @@
+"""The training loop. `Trainer.step` is the algorithm; everything else is a room off it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gspo_megatron import algorithms
+from gspo_megatron.config import TrainConfig
+from gspo_megatron.data.exchange import distribute
+from gspo_megatron.evaluate import evaluate
+from gspo_megatron.experience import collect
+from gspo_megatron.job import Job, open_job, sync_weights
+from gspo_megatron.policy.policy import MegatronPolicy, StepResult
+from gspo_megatron.policy.step import LossFunction
+from gspo_megatron.recorder import BatchOutcome, Recorder
+from gspo_megatron.step_metrics import observed_loss
+from gspo_megatron.types import Sequence, StepBatch
+
+
+class Trainer:
+    """Reinforcement learning of one policy. Every method runs on every rank."""
+
+    def __init__(self, config: TrainConfig, job: Job) -> None:
+        self.config, self.job = config, job
+        self.algorithm = algorithms.build(config.algorithm)
+        self.mismatch = algorithms.Mismatch.from_config(config.algorithm)
+        self.policy = MegatronPolicy(
+            config.model,
+            config.optimizer,
+            job.groups,
+            seed=config.run.seed,
+            total_steps=config.train.rollout_batches * self.algorithm.mini_batches,
+            temperature=config.rollout.temperature,
+            keep_reference=self.algorithm.needs_reference,
+        )
+        self.version, self.next_prompt = 0, 0
+        self.times: dict[str, float] = {}
+
+    def run(self) -> None:
+        """All rollout batches, evaluated before, between and after; then the weights are saved."""
+        total, every = self.config.train.rollout_batches, self.config.eval.every
+        self.sync()
+        with Recorder(self.job, "train", total).open() as recorder:
+            recorder.write(0, {"policy_version": 0}, evaluate(self.job))
+            for batch in range(1, total + 1):
+                outcome = self.step(batch)
+                due = batch == total or (every > 0 and batch % every == 0)
+                recorder.batch(batch, outcome, evaluate(self.job) if due else None)
+        self.policy.save_hf(Path(self.config.run.folder) / "final")
+
+    def step(self, batch: int) -> BatchOutcome:
+        """One rollout batch: generate, score and weigh; learn; hand over the weights."""
+        with self.timed("time_step_s"):
+            with self.timed("time_rollout_s"):
+                experience = collect(self.job, self.algorithm, batch=batch, first_prompt=self.next_prompt)
+            mini_batches, results = self.learn(experience.sequences)
+            with self.timed("time_reshard_s"):
+                sent_bytes = self.sync()
+        self.next_prompt = experience.next_prompt
+        generated_by = self.version - 2
+        return BatchOutcome(generated_by, experience, mini_batches, results, sent_bytes, dict(self.times))
+
+    def learn(self, sequences: list[Sequence]) -> tuple[list[StepBatch], list[StepResult]]:
+        """Pack the replica's sequences once, recompute their log-probabilities, one optimizer step a mini-batch."""
+        mini_batches = distribute(
+            sequences,
+            self.job.groups,
+            mini_batches=self.algorithm.mini_batches,
+            token_budget=self.config.data.token_budget,
+            pad_token_id=self.job.tokenizer.pad_token_id,
+            device=self.job.device,
+        )
+        with self.timed("time_logprobs_s"):
+            self.policy.fill_old_logprobs(mini_batches)
+            if self.algorithm.needs_reference:
+                self.policy.fill_reference_logprobs(mini_batches)
+        with self.timed("time_train_s"):
+            results = [self.policy.train_step(b, self.loss(b)) for b in mini_batches]
+        return mini_batches, results
+
+    def loss(self, batch: StepBatch) -> LossFunction:
+        """The algorithm's loss on one micro-batch, with what is observed of it."""
+        return observed_loss(self.algorithm, self.mismatch, num_sequences=batch.num_global_sequences)
+
+    def sync(self) -> int:
+        """Hand the policy's weights to the engines as a new version. Returns the bytes this rank sent."""
+        sent_bytes = sync_weights(self.policy, self.job, self.version)
+        self.version += 1
+        return sent_bytes
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Note the seconds of a phase under the metric's name."""
+        start = time.perf_counter()
+        yield
+        self.times[name] = time.perf_counter() - start
+
+
+def run(config: TrainConfig) -> None:
+    """The `train` command on one rank."""
+    with open_job(config) as job:
+        Trainer(config, job).run()

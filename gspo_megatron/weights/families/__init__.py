@@ -1,0 +1,45 @@
+"""Model families by the `model_type` of their config.json. A new family is one file and one line here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gspo_megatron.errors import UserError, nearest
+from gspo_megatron.weights.families import qwen3, qwen3_moe
+from gspo_megatron.weights.families.base import Family, ModelFields
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen3.FAMILY, qwen3_moe.FAMILY)}
+
+
+def read_hf_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise UserError(f"model.path={folder} is no folder; give a Hugging Face model folder")
+    if not path.is_file():
+        raise UserError(f"{path} is missing; model.path must be a Hugging Face model folder with config.json")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return config
+
+
+def find_family(config: dict[str, Any]) -> Family:
+    """The family of an HF config, by its exact model_type."""
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f'model_type "{model_type}" is not supported (known: {known}).{nearest(model_type, FAMILIES)}')
+    return FAMILIES[model_type]
+
+
+def load_fields(folder: str | Path) -> tuple[Family, ModelFields]:
+    """Family and fields of a model folder."""
+    config = read_hf_config(folder)
+    family = find_family(config)
+    return family, family.fields(config)

@@ -1,0 +1,40 @@
+"""Qwen3-MoE: Qwen3's attention, a softmax router over the chosen experts, no shared expert."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from gspo_megatron.weights.families import qwen3
+from gspo_megatron.weights.families.base import (
+    ConfigReader,
+    Family,
+    ModelFields,
+    attention_and_norm_rules,
+    dense_mlp_rules,
+    expert_rules,
+)
+from gspo_megatron.weights.rules import Rule
+
+
+def fields(config: dict[str, Any]) -> ModelFields:
+    """Fields of a Qwen3MoeForCausalLM config."""
+    read = ConfigReader(config)
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    moe_layers = tuple(i for i in range(read("num_hidden_layers")) if i not in dense and (i + 1) % step == 0)
+    return replace(
+        qwen3.fields(config),
+        num_experts=read("num_experts", "num_local_experts"),
+        experts_per_token=read("num_experts_per_tok"),
+        expert_ffn_hidden_size=read("moe_intermediate_size"),
+        moe_layers=moe_layers,
+        router_pre_softmax=not read("norm_topk_prob"),
+    )
+
+
+def rules(f: ModelFields) -> list[Rule]:
+    """The rule table."""
+    return [*attention_and_norm_rules(f), *dense_mlp_rules(f), *expert_rules(f)]
+
+
+FAMILY = Family("qwen3_moe", fields, rules)

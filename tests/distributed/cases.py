@@ -1,0 +1,287 @@
+"""What each rank does in the distributed tests. Functions return plain data for the test to compare."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+
+from gspo_megatron.config import ModelConfig, OptimizerConfig
+from gspo_megatron.data.exchange import distribute
+from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.parallel import ParallelLayout
+from gspo_megatron.policy.policy import MegatronPolicy
+from gspo_megatron.policy.runtime import destroy_model_parallel, initialize
+from gspo_megatron.policy.step import forward_only
+from gspo_megatron.types import Sequence
+from tests.distributed.tiny_models import make_sequences
+
+TIMEOUT_S = 30.0
+
+
+def join(layout: dict[str, int]) -> ProcessGroups:
+    """Groups of the layout; drops those of the case before."""
+    if dist.is_initialized():
+        destroy_model_parallel()
+    return initialize(ParallelLayout(**layout), seed=0, timeout_s=TIMEOUT_S)
+
+
+def make_policy(groups: ProcessGroups, folder: str, **optimizer: Any) -> MegatronPolicy:
+    return MegatronPolicy(
+        ModelConfig(path=folder), OptimizerConfig(**({"lr": 1e-3} | optimizer)), groups, seed=0, total_steps=10
+    )
+
+
+def scatter(groups: ProcessGroups, sequences: list[Sequence]) -> list[Sequence]:
+    """What this replica would have generated: every data-parallel-th prompt, at the head alone."""
+    layout = groups.layout
+    return sequences[groups.coordinates.data :: layout.data] if groups.is_head else []
+
+
+def logits(layout: dict[str, int], folder: str, lengths: list[int], vocab: int) -> dict[int, torch.Tensor] | None:
+    """[L, vocab] logits of each sequence, from the ranks of the last stage with tensor rank 0."""
+    groups = join(layout)
+    policy = make_policy(groups, folder)
+    sequences = make_sequences(lengths, vocab, seed=3)
+    [batch] = distribute(
+        scatter(groups, sequences),
+        groups,
+        mini_batches=1,
+        token_budget=64,
+        pad_token_id=0,
+        device=policy.device,
+    )
+    captured: list[torch.Tensor] = []
+    if groups.is_last_stage:
+        head = policy.chunks[0].module.output_layer
+        head.register_forward_pre_hook(lambda module, args: captured.append(args[0].detach()))
+    forward_only(policy.chunks, batch.micro_batches)
+    if not groups.is_last_stage:
+        return None
+    model = policy.chunks[0].module
+    tied = model.share_embeddings_and_output_weights
+    weight = (model.shared_embedding_or_output_weight() if tied else model.output_layer.weight).detach()
+    out = {}
+    for micro, hidden in zip(batch.micro_batches, captured, strict=True):
+        parts = [torch.empty_like(hidden) for _ in range(groups.tp.size())]
+        if groups.layout.tensor > 1:
+            dist.all_gather(parts, hidden.contiguous(), group=groups.tp)
+            hidden = torch.cat(parts)
+        local = hidden.squeeze(1) @ weight.T
+        shards = [torch.empty_like(local) for _ in range(groups.tp.size())]
+        dist.all_gather(shards, local, group=groups.tp)
+        whole = torch.cat(shards, -1)[:, :vocab]
+        starts = micro.cu_seqlens.tolist()
+        for i, index in enumerate(micro.sequence_ids.tolist()):
+            if index >= 0:
+                out[index] = whole[starts[i] : starts[i + 1]]
+    return out if groups.coordinates.tensor == 0 else None
+
+
+def round_trip(layout: dict[str, int], folder: str) -> dict[str, Any]:
+    """Load an HF folder into Megatron and export it again, to every head."""
+    groups = join(layout)
+    policy = make_policy(groups, folder)
+    heads = [groups.layout.head_rank(d) for d in range(groups.layout.data)]
+    exported: dict[str, torch.Tensor] = {}
+    for bucket in policy.export(heads):
+        for item in bucket:
+            assert item.name not in exported, f"{item.name} exported twice"
+            exported[item.name] = item.tensor.clone()
+    return {
+        "exported": exported,
+        "local_numel": sum(p.numel() for p in policy.weights.parameters.values()),
+        "received_bytes": policy.weights.counters.received_bytes,
+        "is_head": groups.is_head,
+    }
+
+
+def save(layout: dict[str, int], folder: str, out: str) -> None:
+    """Load an HF folder and write it back as one."""
+    policy = make_policy(join(layout), folder)
+    policy.save_hf(Path(out))
+
+
+# Wanted log s of each sequence and its advantage: every branch of the clip 3e-4/4e-4 with dual clip 1.001.
+BRANCHES = [
+    (8e-4, 1.0),  # above, A > 0: clipped
+    (8e-4, -0.7),  # above, A < 0: kept
+    (-8e-4, -1.2),  # below, A < 0: clipped
+    (-8e-4, 0.9),  # below, A > 0: kept
+    (1e-4, 0.5),  # inside
+    (-1e-4, -0.5),  # inside
+    (1.5e-3, -0.8),  # beyond the dual clip
+    (6e-4, 0.0),  # no advantage
+    (2e-4, 1.3),  # one response token
+    (0.0, 0.6),  # fully masked
+    (-6e-4, 1.1),
+    (7e-4, 0.3),
+]
+STEP_LENGTHS = [9, 14, 6, 21, 11, 8, 17, 5, 4, 10, 26, 7]
+
+
+def step_sequences(vocab: int) -> list[Sequence]:
+    """The fixed batch of the invariance tests."""
+    sequences = []
+    for s, (_, advantage) in zip(make_sequences(STEP_LENGTHS, vocab, seed=11), BRANCHES, strict=True):
+        mask = s.response_mask.clone()
+        if s.index == 8:
+            mask[:] = False
+            mask[-1] = True
+        if s.index == 9:
+            mask[:] = False
+        sequences.append(Sequence(s.index, s.token_ids, mask, s.rollout_logprobs, torch.tensor(advantage)))
+    return sequences
+
+
+def _drift(index: int, length: int, mask: torch.Tensor, level: str) -> torch.Tensor:
+    """What the new log-probabilities are above the old ones, per token: a fixed function of the sequence."""
+    generator = torch.Generator().manual_seed(100 + index)
+    noise = torch.randn(length, generator=generator)
+    if level == "token":
+        return 0.3 * noise
+    tokens = mask.double().sum().clamp(min=1)
+    centred = noise - (noise * mask).sum() / tokens
+    return 0.01 * centred + BRANCHES[index][0]
+
+
+def optimizer_step(
+    layout: dict[str, int],
+    folder: str,
+    tokenizer: str,
+    algorithm: dict[str, Any],
+    token_budget: int,
+    vocab: int,
+    sabotage: str = "",
+) -> dict[str, Any]:
+    """The trainer's own `learn` on the fixed batch; gradients, loss, log s and weights after the step.
+
+    `sabotage` takes one normalisation out: "data" or "micro_batch" (N counts what is local only), "megatron"
+    (Megatron's own averaging is left on).
+    """
+    from dataclasses import replace
+
+    from gspo_megatron import trainer as trainer_module
+    from gspo_megatron.config import AlgorithmConfig, DataConfig, RunConfig, TaskConfig, TrainConfig
+    from gspo_megatron.job import Job
+    from gspo_megatron.policy import optimizer as optimizer_module
+    from gspo_megatron.policy.weights import PolicyWeights
+    from gspo_megatron.tokenizer import Tokenizer
+
+    groups = join(layout)
+    config = TrainConfig(
+        run=RunConfig(folder="unused"),
+        model=ModelConfig(path=folder),
+        task=TaskConfig(name="unused"),
+        algorithm=AlgorithmConfig(mini_batches=1, **algorithm),
+        data=DataConfig(token_budget=token_budget),
+        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.01),
+    )
+    original_ddp = optimizer_module.DistributedDataParallel
+    if sabotage == "megatron":
+        optimizer_module.DistributedDataParallel = _AveragingDDP  # type: ignore[misc]
+    try:
+        job = Job(config, groups, Tokenizer.load(tokenizer), None, None, None, torch.device("cpu"))  # type: ignore[arg-type]
+        trainer = trainer_module.Trainer(config, job)
+    finally:
+        optimizer_module.DistributedDataParallel = original_ddp  # type: ignore[misc]
+    policy = trainer.policy
+    sequences = step_sequences(vocab)
+    level = "token" if config.algorithm.name == "grpo" else "sequence"
+
+    recompute = policy.fill_old_logprobs
+    first_gap: list[float] = []
+
+    def fill(batches: Any) -> None:
+        """The real pass, then an old policy that was a fixed distance away."""
+        recompute(batches)
+        for batch in batches:
+            for micro in batch.micro_batches:
+                if micro.old_logprobs is None:
+                    continue
+                for i, index in enumerate(micro.sequence_ids.tolist()):
+                    if index < 0:
+                        continue
+                    at = slice(int(micro.cu_seqlens[i]), int(micro.cu_seqlens[i + 1]))
+                    drift = _drift(index, at.stop - at.start, micro.response_mask[at], level)
+                    micro.old_logprobs[at] = (micro.old_logprobs[at].double() - drift).float()
+                    bounds = [math.log1p(x) for x in (-trainer.algorithm.clip_low, trainer.algorithm.clip_high)]
+                    if level == "token":
+                        values = drift[micro.response_mask[at]]
+                        first_gap.extend(abs(float(v) - b) for v in values for b in bounds)
+
+    policy.fill_old_logprobs = fill  # type: ignore[method-assign]
+    loss = trainer.loss
+    if sabotage == "data":
+        trainer.loss = lambda batch: loss(  # type: ignore[method-assign]
+            replace(batch, num_global_sequences=sum(int((m.sequence_ids >= 0).sum()) for m in batch.micro_batches))
+        )
+    if sabotage == "micro_batch":
+        trainer.loss = lambda batch: (
+            lambda lp, h, micro: loss(  # type: ignore[method-assign]
+                replace(batch, num_global_sequences=max(1, int((micro.sequence_ids >= 0).sum())))
+            )(lp, h, micro)
+        )
+
+    gradients: dict[str, torch.Tensor] = {}
+    step = policy.optimizer.step
+
+    def export(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        view = PolicyWeights(policy.family, policy.fields, groups, list(tensors.items()))
+        return {item.name: item.tensor.clone() for bucket in view.export([0]) for item in bucket}
+
+    def capture_then_step() -> Any:
+        for chunk in policy.chunks:
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                sharded_over = group.intra_distributed_optimizer_instance_group
+                for bucket in group.buckets if sharded_over.size() > 1 else []:
+                    shards = list(bucket.grad_data.chunk(sharded_over.size()))
+                    whole = [torch.empty_like(s) for s in shards]
+                    dist.all_gather(whole, shards[sharded_over.rank()].clone(), group=sharded_over)
+                    bucket.grad_data.copy_(torch.cat(whole))
+        gradients.update(export({name: p.main_grad for name, p in policy.weights.parameters.items()}))
+        return step()
+
+    policy.optimizer.step = capture_then_step
+    margins: list[float] = []
+    for name, module in policy.chunks[0].module.named_modules():
+        if name.endswith("mlp.router"):
+            module.register_forward_hook(lambda m, args, out: margins.append(_router_margin(m, args[0])))
+    [batch], [result] = trainer.learn(scatter(groups, sequences))
+    weights = export({name: p.detach() for name, p in policy.weights.parameters.items()})
+    stats = {}
+    total_loss = 0.0
+    for micro in result.reports if groups.reports_loss else []:
+        total_loss += float(micro.sums[0])
+        for index, value, clipped in zip(micro.sequence_ids.tolist(), micro.log_ratio, micro.clipped, strict=True):
+            if index >= 0:
+                stats[index] = (float(value), bool(clipped))
+    return {
+        "gradients": gradients,
+        "weights": weights,
+        "loss": total_loss,
+        "stats": stats,
+        "grad_norm": result.grad_norm,
+        "num_micro_batches": len(batch.micro_batches),
+        "router_margin": min(margins, default=math.inf),
+        "clip_margin": min(first_gap, default=math.inf),
+    }
+
+
+class _AveragingDDP(DistributedDataParallel):
+    """DDP and schedule as Megatron has them by default: averages over data-parallel ranks and micro-batches."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        config.calculate_per_token_loss = False
+        super().__init__(config, *args, **kwargs)
+
+
+def _router_margin(router: Any, hidden: torch.Tensor) -> float:
+    """Smallest distance between the last chosen and the first not chosen expert's router logit."""
+    logits = (hidden.flatten(0, -2).float() @ router.weight.float().T).detach()
+    top = logits.topk(router.topk + 1, dim=-1).values
+    return float((top[:, router.topk - 1] - top[:, router.topk]).min())

@@ -1,0 +1,164 @@
+"""One optimizer step is the same in every parallel layout: loss, log s, gradients, weights, in float32.
+
+Everything runs through the trainer's own `learn`: data plan, exchange, packing, the pass for the old
+log-probabilities, Megatron's schedule, DDP, finalize and optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gspo_megatron.parallel import ParallelLayout
+from tests.distributed import tiny_models
+from tests.distributed.rank_pool import RankPool
+
+TOKENIZER = str(Path(__file__).parents[2] / "examples" / "quickstart" / "model")
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "gspo": {"name": "gspo", "dual_clip": 1.001},
+    "gspo_token": {"name": "gspo_token", "dual_clip": 1.001},
+    "grpo": {"name": "grpo"},
+    "gspo_kl": {"name": "gspo", "kl_coefficient": 0.1, "entropy_coefficient": 0.01, "mismatch": "truncate"},
+}
+LAYOUTS = [
+    {"tensor": 2},
+    {"pipeline": 2},
+    {"data": 2, "expert": 2},
+    {"data": 2},
+    {"tensor": 2, "expert": 2},
+    {"tensor": 2, "data": 2, "expert": 2},
+    {"tensor": 2, "pipeline": 2},
+    {"data": 2, "pipeline": 2, "expert": 2},
+]
+BUDGETS = [160, 40]  # tokens per micro-batch: all in one, and several
+MEAN_ADVANTAGE = 0.74
+
+
+def name_of(layout: dict[str, int]) -> str:
+    return ParallelLayout(**layout).describe()
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory, ranks: Callable[[int], RankPool]) -> Callable[..., dict[str, Any]]:
+    """step(layout, algorithm, budget): the step's results, merged over ranks."""
+    folder = tiny_models.write(tmp_path_factory.mktemp("model") / "moe", "moe")
+
+    def run(layout: dict[str, int], algorithm: str, budget: int = BUDGETS[0], sabotage: str = "") -> dict[str, Any]:
+        results = ranks(ParallelLayout(**layout).world_size).run(
+            "tests.distributed.cases:optimizer_step",
+            layout=layout,
+            folder=str(folder),
+            tokenizer=TOKENIZER,
+            algorithm=ALGORITHMS[algorithm],
+            token_budget=budget,
+            vocab=tiny_models.VOCAB,
+            sabotage=sabotage,
+        )
+        merged = dict(results[0])
+        merged["loss"] = sum(r["loss"] for r in results)
+        merged["stats"] = {k: v for r in results for k, v in r["stats"].items()}
+        return merged
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def reference(step: Callable[..., dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
+    """The single-rank, single-micro-batch step of an algorithm."""
+    kept: dict[str, dict[str, Any]] = {}
+
+    def get(algorithm: str) -> dict[str, Any]:
+        if algorithm not in kept:
+            kept[algorithm] = step({}, algorithm)
+        return kept[algorithm]
+
+    return get
+
+
+def differences(ours: dict[str, Any], truth: dict[str, Any]) -> dict[str, Any]:
+    """Largest relative gradient error of a tensor, and absolute errors of the rest."""
+    gradients = {
+        name: float((ours["gradients"][name] - g).norm() / g.norm().clamp(min=1e-8))
+        for name, g in truth["gradients"].items()
+        if g.norm() > 1e-8 or ours["gradients"][name].norm() > 1e-8
+    }
+    worst = max(gradients, key=lambda name: gradients[name])
+    return {
+        "worst": worst,
+        "gradient": gradients[worst],
+        "loss": abs(ours["loss"] - truth["loss"]),
+        "log_ratio": max(abs(ours["stats"][i][0] - truth["stats"][i][0]) for i in truth["stats"]),
+        "weights": max(float((ours["weights"][n] - w).abs().max()) for n, w in truth["weights"].items()),
+    }
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_fixed_batch_is_worth_testing_with(algorithm: str, reference: Callable[[str], dict[str, Any]]) -> None:
+    truth = reference(algorithm)
+    assert truth["num_micro_batches"] == 1
+    assert sorted(truth["stats"]) == list(range(12))
+    assert truth["router_margin"] >= 1e-4, "a top-k tie would make the comparison a lottery"
+    if algorithm == "grpo":
+        assert truth["clip_margin"] >= 1e-5
+        assert 3 <= sum(clipped for _, clipped in truth["stats"].values()) <= 11
+        return
+    spread = torch.tensor([truth["stats"][i][0] for i in range(12) if i != 9])
+    assert spread.max() > 4e-4 + 1e-5 and spread.min() < -3e-4 - 1e-5
+    bounds = torch.tensor([-3e-4, 4e-4, 1e-3])
+    assert (spread[:, None] - bounds).abs().min() >= 1e-5
+    clipped = {i for i, (_, c) in truth["stats"].items() if c}
+    assert clipped == ({0, 2, 6, 11} if "dual_clip" in ALGORITHMS[algorithm] else {0, 2, 11})
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_layout_takes_the_same_step(
+    algorithm: str,
+    layout: dict[str, int],
+    budget: int,
+    step: Callable[..., dict[str, Any]],
+    reference: Callable[[str], dict[str, Any]],
+) -> None:
+    ours, truth = step(layout, algorithm, budget), reference(algorithm)
+    assert (ours["num_micro_batches"] > 1) == (budget == BUDGETS[1])
+    assert ours["gradients"].keys() == truth["gradients"].keys()
+    error = differences(ours, truth)
+    assert error["gradient"] <= 1e-5, error
+    assert error["loss"] <= 1e-6 * MEAN_ADVANTAGE, error
+    assert error["log_ratio"] <= 1e-6, error
+    assert {i: c for i, (_, c) in ours["stats"].items()} == {i: c for i, (_, c) in truth["stats"].items()}
+    # Adam's first step is lr·sign(g) where |g| is far above eps; the difference is in units of lr = 1e-3.
+    assert error["weights"] <= 2e-5, error
+    assert abs(ours["grad_norm"] - truth["grad_norm"]) <= 1e-5 * truth["grad_norm"]
+
+
+def test_micro_batches_on_one_rank(
+    step: Callable[..., dict[str, Any]], reference: Callable[[str], dict[str, Any]]
+) -> None:
+    error = differences(step({}, "gspo", BUDGETS[1]), reference("gspo"))
+    assert error["gradient"] <= 1e-5 and error["loss"] <= 1e-6 * MEAN_ADVANTAGE
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "layout", "budget"),
+    [
+        ("data", {"data": 2}, BUDGETS[0]),
+        ("micro_batch", {}, BUDGETS[1]),
+        ("megatron", {"data": 2}, BUDGETS[0]),
+        ("megatron", {}, BUDGETS[1]),
+    ],
+)
+def test_taking_out_a_normalisation_is_noticed(
+    sabotage: str,
+    layout: dict[str, int],
+    budget: int,
+    step: Callable[..., dict[str, Any]],
+    reference: Callable[[str], dict[str, Any]],
+) -> None:
+    error = differences(step(layout, "gspo", budget, sabotage), reference("gspo"))
+    assert error["gradient"] > 0.1

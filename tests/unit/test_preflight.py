@@ -1,0 +1,389 @@
+"""preflight: what is refused before anything starts, and what a run says about itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gspo_megatron import preflight
+from gspo_megatron.config import (
+    AlgorithmConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    SftConfig,
+    SftLoopConfig,
+    TaskConfig,
+    TrainConfig,
+    TrainLoopConfig,
+)
+from gspo_megatron.config_io import load_config
+from gspo_megatron.errors import UserError
+from gspo_megatron.weights.families import load_fields
+
+MODEL = Path(__file__).parents[2] / "examples" / "quickstart" / "model"  # 2 layers, 4 heads, 2 kv heads, 8 experts
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The quickstart's model folder, with weights."""
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    family, fields = load_fields(folder)
+    tensors = {}
+    for spec in family.specs(fields):
+        for name, shape in zip(spec.hf, spec.hf_shapes, strict=True):
+            tensors[name] = torch.zeros(shape)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def edit_config(model: Path, **values: Any) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture
+def config(tmp_path: Path, model: Path) -> TrainConfig:
+    return TrainConfig(
+        run=RunConfig(folder=str(tmp_path / "run")),
+        model=ModelConfig(path=str(model)),
+        task=TaskConfig(name="reasoning_gym", dataset="spell_backward"),
+        rollout=RolloutConfig(prompts_per_batch=16, samples_per_prompt=8, max_response_tokens=32),
+        data=DataConfig(token_budget=512),
+        eval=EvalConfig(prompts=32),
+        train=TrainLoopConfig(rollout_batches=10),
+    )
+
+
+def changed(config: TrainConfig, section: str, **values: Any) -> TrainConfig:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def sft(config: TrainConfig, **values: Any) -> SftConfig:
+    return SftConfig(
+        run=config.run,
+        model=config.model,
+        task=config.task,
+        rollout=config.rollout,
+        data=config.data,
+        parallel=config.parallel,
+        eval=config.eval,
+        sft=SftLoopConfig(**values),
+    )
+
+
+def refusal(config: TrainConfig | SftConfig) -> str:
+    with pytest.raises(UserError) as caught:
+        if isinstance(config, TrainConfig):
+            preflight.check_train(config)
+        else:
+            preflight.check_sft(config)
+    return str(caught.value)
+
+
+# -- what a good run says --
+
+
+def test_description_of_a_training_run(config: TrainConfig) -> None:
+    config = changed(config, "parallel", tensor=2, data=3, expert=2)
+    config = changed(config, "rollout", prompts_per_batch=32)
+    text = preflight.check_train(config).describe()
+    for part in [
+        "8 experts of which 2 a token",
+        "TP2 × DP3 × EP2, 6 ranks",
+        "embedded, not SGLang",
+        "gspo; clip to [1 − 0.0003, 1 + 0.0004]",
+        "no KL",
+        "32 prompts × 8 samples = 256 sequences a rollout batch; 4 optimizer steps of 64 sequences each",
+        "3 data-parallel, 10–11 prompts a rollout batch on each",
+        "10 rollout batches × 4 = 40 optimizer steps",
+        "at most 512 tokens a micro-batch",
+    ]:
+        assert part in text
+    assert "warning" not in text
+    assert not Path(config.run.folder).exists()  # a check makes nothing
+
+
+def test_the_effective_clip_is_the_given_one(config: TrainConfig) -> None:
+    text = preflight.check_train(changed(config, "algorithm", clip_low=2e-3, mini_batches=2)).describe()
+    assert "clip to [1 − 0.002, 1 + 0.0004]" in text and "2 optimizer steps of 64" in text
+
+
+def test_warnings_come_with_the_reason(config: TrainConfig) -> None:
+    checked = preflight.check_train(changed(config, "algorithm", mini_batches=1))
+    assert len(checked.warnings) == 1 and "nothing is ever clipped" in checked.warnings[0]
+    assert "warning: algorithm.mini_batches=1" in checked.describe()
+
+
+def test_description_of_a_cold_start(config: TrainConfig) -> None:
+    text = preflight.check_sft(sft(config, steps=50, batch_size=12, target_accuracy=0.5)).describe()
+    assert "12 worked answers a step" in text and "50 optimizer steps, or held-out accuracy 0.5" in text
+
+
+def test_evaluation_does_not_mind_the_run_folder(config: TrainConfig) -> None:
+    preflight.prepare_run_folder(config)
+    assert "32 held-out prompts × 1 sample" in preflight.check_eval(config).describe()
+
+
+def test_inputs_of_a_good_run(config: TrainConfig) -> None:
+    assert "tokens (the first 48 were looked at)" in preflight.check_inputs(config).describe()
+
+
+# -- the model folder --
+
+
+def test_missing_model_folder(config: TrainConfig) -> None:
+    assert "model.path=nowhere" in refusal(changed(config, "model", path="nowhere"))
+
+
+def test_folder_without_config(config: TrainConfig, model: Path) -> None:
+    (model / "config.json").unlink()
+    assert "config.json is missing" in refusal(config)
+
+
+def test_config_that_is_no_json(config: TrainConfig, model: Path) -> None:
+    (model / "config.json").write_text("{")
+    assert "is no JSON" in refusal(config)
+
+
+def test_unknown_model_type_names_the_nearest(config: TrainConfig, model: Path) -> None:
+    edit_config(model, model_type="qwen3_mo")
+    message = refusal(config)
+    assert '"qwen3_mo" is not supported' in message and 'Did you mean "qwen3_moe"?' in message
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"num_hidden_layers": 0}, "num_layers=0 must be a positive integer"),
+        ({"num_hidden_layers": "two"}, "config.json holds a value of a wrong type"),
+        ({"rope_parameters": 3}, "config.json holds a value of a wrong type"),
+        ({"vocab_size": 100.5}, "vocab_size=100.5 must be a positive integer"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 must lie between 1 and num_experts=8"),
+    ],
+)
+def test_impossible_numbers(config: TrainConfig, model: Path, values: dict[str, Any], expected: str) -> None:
+    edit_config(model, **values)
+    assert expected in refusal(config)
+
+
+def test_folder_without_weights(config: TrainConfig, model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    message = refusal(config)
+    assert "holds no weights" in message and 'model.init="random"' in message
+    assert preflight.check_train(changed(config, "model", init="random"))
+
+
+def test_tensors_that_do_not_match_the_config(config: TrainConfig, model: Path) -> None:
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.extra.weight"] = torch.zeros(2)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path)
+    message = refusal(config)
+    assert "missing 1 (model.norm.weight)" in message and "unexpected 1 (model.extra.weight)" in message
+    tensors["model.norm.weight"] = torch.zeros(7)
+    del tensors["model.extra.weight"]
+    save_file(tensors, path)
+    assert "model.norm.weight is [7], config.json implies [128]" in refusal(config)
+
+
+# -- sizes --
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"),
+    [
+        ({"tensor": 4}, "parallel.tensor=4 must divide num_key_value_heads=2; use 1 or 2"),
+        (
+            {"tensor": 3},
+            "parallel.tensor=3 must divide num_attention_heads=4 and num_key_value_heads=2; use 1 or 2",
+        ),
+        ({"pipeline": 4}, "parallel.pipeline=4 must divide num_hidden_layers=2; use 1 or 2"),
+        ({"data": 6, "expert": 3}, "parallel.expert=3 must divide num_experts=8; use 1 or 2"),
+        ({"context": 2}, "parallel.context=2 is not supported yet; use 1"),
+        ({"pipeline": 2, "virtual_pipeline": 2}, "parallel.virtual_pipeline=2 is not supported yet; use 1"),
+        ({"tensor": 2, "expert_tensor": 2}, "parallel.expert_tensor=2 is not supported yet; use 1"),
+    ],
+)
+def test_layouts_the_model_cannot_have(config: TrainConfig, degrees: dict[str, int], expected: str) -> None:
+    config = dataclasses.replace(config, parallel=ParallelConfig(**degrees))
+    assert refusal(config) == expected
+
+
+def test_dense_layers_are_split_by_tensor_too(config: TrainConfig, model: Path) -> None:
+    edit_config(model, model_type="qwen3", intermediate_size=255)
+    (model / "model.safetensors").unlink()
+    config = changed(config, "model", init="random")
+    message = refusal(dataclasses.replace(config, parallel=ParallelConfig(tensor=2)))
+    assert message == "parallel.tensor=2 must divide intermediate_size=255; use 1"
+    message = refusal(dataclasses.replace(config, parallel=ParallelConfig(data=2, expert=2)))
+    assert "parallel.expert=2, but the model has no experts" in message
+
+
+def test_router_loss_under_tensor_parallelism(config: TrainConfig) -> None:
+    config = changed(config, "model", router_aux_loss=0.01)
+    assert preflight.check_train(config)
+    message = refusal(changed(config, "parallel", tensor=2))
+    assert "model.router_aux_loss=0.01 with parallel.tensor=2 is refused" in message and "Megatron-Core" in message
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "expected"),
+    [
+        (
+            "rollout",
+            {"prompts_per_batch": 30},
+            "algorithm.mini_batches=4 must divide rollout.prompts_per_batch=30; "
+            "use 1, 2, 3, 5, 6, 10, 15 or 30 mini-batches, or 28 or 32 prompts",
+        ),
+        ("parallel", {"data": 32}, "rollout.prompts_per_batch=16 must be at least parallel.data=32"),
+        ("eval", {"prompts": 1}, "eval.prompts=1 must be at least parallel.data=2"),
+        ("data", {"token_budget": 32}, "data.token_budget=32 is smaller than one sequence"),
+        ("rollout", {"max_response_tokens": 256}, "max_position_embeddings=256"),
+        ("algorithm", {"name": "gpso"}, 'Did you mean "gspo"?'),
+        ("algorithm", {"clip_low": 0.2, "clip_high": 0.27}, "allow_unusual_clip"),
+        ("algorithm", {"aggregation": "token_mean"}, "weight it by length"),
+    ],
+)
+def test_plans_that_cannot_work(config: TrainConfig, section: str, values: dict[str, Any], expected: str) -> None:
+    if section == "eval":
+        config = changed(config, "parallel", data=2)
+    assert expected in refusal(changed(config, section, **values))
+
+
+def test_cold_start_needs_an_answer_for_each_replica(config: TrainConfig) -> None:
+    config = changed(config, "parallel", data=4)
+    assert "sft.batch_size=3 must be at least parallel.data=4" in refusal(sft(config, batch_size=3))
+
+
+def test_everything_that_is_wrong_is_said_at_once(config: TrainConfig) -> None:
+    config = changed(config, "rollout", prompts_per_batch=30)
+    message = refusal(dataclasses.replace(config, parallel=ParallelConfig(tensor=4, pipeline=4)))
+    assert message.startswith("3 things are wrong:\n- ")
+    assert "num_key_value_heads" in message and "num_hidden_layers" in message and "mini_batches" in message
+
+
+# -- inputs --
+
+
+def input_refusal(config: TrainConfig | SftConfig) -> str:
+    with pytest.raises(UserError) as caught:
+        preflight.check_inputs(config)
+    return str(caught.value)
+
+
+def test_a_prompt_longer_than_the_context(config: TrainConfig, tmp_path: Path) -> None:
+    lines = [{"prompt": "spell ab", "answer": "ba"}, {"prompt": "spell " + "ab" * 150, "answer": "ba"}]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = dataclasses.replace(config, task=TaskConfig(name="jsonl", dataset=str(path), holdout=1))
+    message = input_refusal(config)
+    assert "tokens; with rollout.max_response_tokens=32 it exceeds the model's context" in message
+    assert "max_position_embeddings=256" in message
+
+
+def test_a_prompt_and_response_longer_than_the_token_budget(config: TrainConfig) -> None:
+    message = input_refusal(changed(config, "data", token_budget=40))
+    assert "data.token_budget=40 is smaller than one sequence" in message and "use at least" in message
+
+
+def test_a_tokenizer_larger_than_the_model(config: TrainConfig, model: Path) -> None:
+    edit_config(model, vocab_size=10)
+    assert "more than the model's vocab_size=10" in input_refusal(config)
+
+
+def test_a_folder_without_tokenizer(config: TrainConfig, model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    assert "no tokenizer" in input_refusal(config)
+
+
+def test_unknown_tasks(config: TrainConfig) -> None:
+    assert 'Did you mean "reasoning_gym"?' in input_refusal(changed(config, "task", name="reasoning_gim"))
+    assert "spell_backward" in input_refusal(changed(config, "task", dataset="spell_backwards"))
+    assert "task.params" in input_refusal(changed(config, "task", params={"no_such": 1}))
+
+
+# -- the run folder --
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_resolved_config_is_written(config: TrainConfig) -> None:
+    folder = preflight.prepare_run_folder(config)
+    assert folder == Path(config.run.folder)
+    written = load_config(TrainConfig, folder / "config.toml")
+    assert (written.algorithm.clip_low, written.algorithm.clip_high, written.algorithm.mini_batches) == (3e-4, 4e-4, 4)
+    assert dataclasses.replace(written, algorithm=AlgorithmConfig()) == config
+    # It can be run again as it is.
+    assert preflight.resolve(written) == written
+    assert preflight.check_train(written, folder=False).warnings == []
+
+
+@pytest.mark.parametrize("existing", ["metrics.jsonl", "config.toml", "final/model.safetensors"])
+def test_a_folder_that_holds_a_run_is_left_alone(config: TrainConfig, existing: str) -> None:
+    folder = Path(config.run.folder)
+    (folder / existing).parent.mkdir(parents=True)
+    (folder / existing).write_text("old")
+    before = snapshot(folder)
+    for attempt in (preflight.check_train, preflight.prepare_run_folder):
+        with pytest.raises(UserError, match=r"already holds a run .* --run.overwrite"):
+            attempt(config)
+    assert snapshot(folder) == before
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(config: TrainConfig) -> None:
+    folder = preflight.prepare_run_folder(config)
+    for name in ("metrics.jsonl", "samples.jsonl", "report.png", "final/model.safetensors", "notes.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("old")
+    preflight.prepare_run_folder(changed(config, "run", overwrite=True, seed=5))
+    assert sorted(snapshot(folder)) == ["config.toml", "notes.txt"]
+    assert load_config(TrainConfig, folder / "config.toml").run.seed == 5
+
+
+def test_overwrite_never_removes_the_weights_it_starts_from(config: TrainConfig, model: Path) -> None:
+    folder = Path(config.run.folder)
+    shutil.copytree(model, folder / "final")
+    before = snapshot(folder)
+    config = changed(changed(config, "run", overwrite=True), "model", path=str(folder / "final"))
+    assert "which run.overwrite would replace" in refusal(config)
+    with pytest.raises(UserError):
+        preflight.prepare_run_folder(config)
+    assert snapshot(folder) == before
+
+
+def test_run_folders_that_cannot_be(config: TrainConfig, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in refusal(changed(config, "run", folder=str(tmp_path / "file")))
+    assert "model's own folder" in refusal(changed(config, "run", folder=str(model)))
+    with pytest.raises(UserError, match="cannot be written"):
+        preflight.prepare_run_folder(changed(config, "run", folder=str(tmp_path / "file" / "below")))
+
+
+def test_a_refused_start_frees_the_folder(config: TrainConfig) -> None:
+    folder = preflight.prepare_run_folder(config)
+    (folder / "metrics.jsonl").touch()
+    preflight.release_run_folder(config)
+    assert not folder.exists()
+
+
+def test_a_run_with_records_is_not_taken_back(config: TrainConfig) -> None:
+    folder = preflight.prepare_run_folder(config)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    before = snapshot(folder)
+    preflight.release_run_folder(config)
+    assert snapshot(folder) == before
