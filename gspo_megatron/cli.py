@@ -115,6 +115,9 @@ class _RankedCommand:
     def _work(self, config: TrainConfig | SftConfig) -> None:
         import importlib
 
+        from gspo_megatron.logs import quiet_libraries
+
+        quiet_libraries()
         importlib.import_module(f"gspo_megatron.{self.worker}").run(config)
 
 

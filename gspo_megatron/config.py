@@ -76,6 +76,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         _require_positive("parallel", self, "timeout_s")
+        _require(self.timeout_s <= 1e6, f"parallel.timeout_s={self.timeout_s} must be at most 1e6 seconds")
         self.layout()
 
     def layout(self) -> ParallelLayout:

@@ -60,26 +60,30 @@ class Job:
 
 @contextlib.contextmanager
 def open_job(config: TrainConfig | SftConfig) -> Iterator[Job]:
-    """Join the ranks, and leave them at the end."""
+    """Join the ranks of the layout, and leave them after a clean end.
+
+    After an error they are not left in order: other ranks may be blocked in a collective.
+    """
     groups = initialize(config.parallel.layout(), seed=config.run.seed, timeout_s=config.parallel.timeout_s)
+    with build_job(config, groups) as job:
+        yield job
+    shutdown()
+
+
+@contextlib.contextmanager
+def build_job(config: TrainConfig | SftConfig, groups: ProcessGroups) -> Iterator[Job]:
+    """This rank's share of a run over groups that exist."""
     tokenizer = Tokenizer.load(config.model.path)
     task = build_task(config.task, tokenizer, seed=config.run.seed)
     device = current_device()
-    scorer = Scorer(task, config.task, tokenizer) if groups.is_head else None
-    engine = None
-    if groups.is_head:
-        engine = EmbeddedEngine(
-            config.model.path,
-            dtype=DTYPES[config.model.dtype],
-            device=device,
-            batch_size=config.rollout.batch_size,
-        )
-    try:
+    if not groups.is_head:
+        yield Job(config, groups, tokenizer, task, None, None, device)
+        return
+    engine = EmbeddedEngine(
+        config.model.path, dtype=DTYPES[config.model.dtype], device=device, batch_size=config.rollout.batch_size
+    )
+    with Scorer(task, config.task, tokenizer) as scorer:
         yield Job(config, groups, tokenizer, task, scorer, engine, device)
-    finally:
-        if scorer is not None:
-            scorer.close()
-    shutdown()
 
 
 def sync_weights(policy: MegatronPolicy, job: Job, version: int) -> int:

@@ -33,14 +33,10 @@ class Mismatch:
         if self.mode == "off":
             return None
         assert batch.old_logprobs is not None, "the old log-prob pass comes before the mismatch weights"
-        mask = batch.response_mask
-        # Selected before the subtraction: under the mask both may hold anything.
-        old = torch.where(mask, batch.old_logprobs.detach(), 0.0)
-        log_ratio = old - torch.where(mask, batch.rollout_logprobs, 0.0)
-        ratio = log_ratio.exp()
+        ratio = (batch.old_logprobs.detach() - batch.rollout_logprobs).exp()
         if self.mode == "truncate":
             weights = ratio.clamp(max=self.high)
         else:
             # NaN is outside no band: it stays, and shows in the loss.
             weights = ratio.masked_fill((ratio < self.low) | (ratio > self.high), 0.0)
-        return torch.where(mask, weights, 0.0).float()
+        return torch.where(batch.response_mask, weights, 0.0).float()  # under the mask the ratio may be NaN

@@ -17,16 +17,15 @@ from gspo_megatron.policy.cpu_adaptation import adapt
 def initialize(layout: ParallelLayout, *, seed: int, timeout_s: float) -> ProcessGroups:
     """Join the job (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and build the groups of the layout.
 
-    A collective that takes longer than `timeout_s` raises on every rank. Can be called again with another
-    layout of the same size after `destroy_model_parallel`.
+    A collective that takes longer than `timeout_s` raises on every rank. Can be called again, for
+    another layout, after `shutdown`.
     """
     adapt()
     device = current_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
-    if not dist.is_initialized():
-        dist.init_process_group(collective_backend(device), timeout=timeout)
+    dist.init_process_group(collective_backend(device), timeout=timeout)
     assert dist.get_world_size() == layout.world_size, (dist.get_world_size(), layout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -73,14 +72,7 @@ def _collect(layout: ParallelLayout, timeout: timedelta) -> ProcessGroups:
     return groups
 
 
-def destroy_model_parallel() -> None:
-    """Drop Megatron's groups, keeping the processes joined: for another layout in the same processes."""
-    parallel_state.destroy_model_parallel()
-    parallel_state.destroy_global_memory_buffer()
-
-
 def shutdown() -> None:
-    """Leave the job."""
-    if dist.is_initialized():
-        destroy_model_parallel()
-        dist.destroy_process_group()
+    """Leave the job, dropping every group."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.initialization import no_init_weights
 
+from gspo_megatron.errors import UserError
 from gspo_megatron.rollout.engine import SamplingParams
 from gspo_megatron.types import Group, NamedTensor, Prompt, Rollout
 
@@ -90,6 +91,7 @@ class EmbeddedEngine:
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Group]:
         """Sample `num_samples` responses for each prompt."""
         assert self._elements_missing is None and self._version >= 0, "generate before the first complete update"
+        self._check_context(prompts, params)
         generator = torch.Generator(self.device).manual_seed(params.seed)
         per_batch = max(1, self.batch_size // params.num_samples)
         # Prompts of like length share a batch; results return in the caller's order.
@@ -101,6 +103,17 @@ class EmbeddedEngine:
             tokens, logprobs = self._sample(batch, params, generator)
             by_index |= dict(zip(chosen, self._to_groups(batch, tokens, logprobs, params), strict=True))
         return [by_index[i] for i in range(len(prompts))]
+
+    def _check_context(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+        context = self.model.config.max_position_embeddings
+        for prompt in prompts:
+            needed = len(prompt.token_ids) + params.max_response_tokens
+            if needed > context:
+                raise UserError(
+                    f"prompt {prompt.id} has {len(prompt.token_ids)} tokens; with rollout.max_response_tokens="
+                    f"{params.max_response_tokens} it needs {needed}, and the model's context is {context}; shorten the "
+                    "prompt or lower rollout.max_response_tokens"
+                )
 
     def _sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, generator: torch.Generator

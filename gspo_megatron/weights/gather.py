@@ -40,19 +40,23 @@ class GatherPlan:
     moves: tuple[tuple[Move, ...], ...]  # per bucket
 
     def sent_numel(self, rank: int) -> int:
-        """Elements that leave a rank."""
+        """Elements that leave a rank, padding rows of the vocabulary included."""
         moves = (m for bucket in self.moves for m in bucket if m.source == rank != m.destination)
-        return sum(self.specs[m.spec].numel // self.specs[m.spec].num_shards(self.layout) for m in moves)
+        return sum(_shard_shape(self, m).numel() for m in moves)
 
 
-def owners(spec: TensorSpec, shard: int, layout: ParallelLayout, fields_layers: int, num_experts: int) -> list[int]:
-    """All ranks that hold one shard of a parameter, by data-parallel replica."""
-    stage = spec.pipeline_stage(layout, fields_layers)
-    if spec.expert is None:
-        tensor = shard if spec.dim is not None else 0
-        return [layout.rank(tensor=tensor, data=d, pipeline=stage) for d in range(layout.data)]
-    expert = spec.expert * layout.expert // num_experts
+def owners(spec: TensorSpec, shard: int, layout: ParallelLayout, num_layers: int, num_experts: int) -> list[int]:
+    """The ranks one shard of a parameter may come from: all that hold it, but of what is not cut over tensor
+    ranks only the first tensor rank's copies."""
+    stage = spec.pipeline_stage(layout, num_layers)
     tensor = shard if spec.dim is not None else 0
+    if spec.expert is None:
+        return [
+            layout.rank(tensor=tensor, context=c, data=d, pipeline=stage)
+            for d in range(layout.data)
+            for c in range(layout.context)
+        ]
+    expert = spec.expert * layout.expert // num_experts
     return [
         layout.expert_rank(expert=expert, expert_tensor=tensor, expert_data=d, pipeline=stage)
         for d in range(layout.expert_data)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
 from gspo_megatron.config import ModelConfig, OptimizerConfig
@@ -15,7 +16,7 @@ from gspo_megatron.data.exchange import distribute
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.policy.policy import MegatronPolicy
-from gspo_megatron.policy.runtime import destroy_model_parallel, initialize
+from gspo_megatron.policy.runtime import initialize
 from gspo_megatron.policy.step import forward_only
 from gspo_megatron.types import Sequence
 from tests.distributed.tiny_models import make_sequences
@@ -24,9 +25,8 @@ TIMEOUT_S = 30.0
 
 
 def join(layout: dict[str, int]) -> ProcessGroups:
-    """Groups of the layout; drops those of the case before."""
-    if dist.is_initialized():
-        destroy_model_parallel()
+    """Groups of the layout, for one case."""
+    parallel_state.destroy_model_parallel()
     return initialize(ParallelLayout(**layout), seed=0, timeout_s=TIMEOUT_S)
 
 
@@ -285,3 +285,66 @@ def _router_margin(router: Any, hidden: torch.Tensor) -> float:
     logits = (hidden.flatten(0, -2).float() @ router.weight.float().T).detach()
     top = logits.topk(router.topk + 1, dim=-1).values
     return float((top[:, router.topk - 1] - top[:, router.topk]).min())
+
+
+def first_batch(layout: dict[str, int], config: dict[str, Any], sabotage: str = "") -> dict[str, Any]:
+    """One whole step of a real run: embedded engine, real task. Its first mini-batch has the sampling policy.
+
+    `sabotage` changes something between the pass for the old log-probabilities and the first forward:
+    "temperature", "weights" or "packing".
+    """
+    from gspo_megatron import config as c
+    from gspo_megatron.job import build_job
+    from gspo_megatron.trainer import Trainer
+
+    groups = join(layout)
+    sections = {
+        "run": c.RunConfig,
+        "model": c.ModelConfig,
+        "task": c.TaskConfig,
+        "algorithm": c.AlgorithmConfig,
+        "rollout": c.RolloutConfig,
+        "data": c.DataConfig,
+        "optimizer": c.OptimizerConfig,
+    }
+    settings = c.TrainConfig(**{name: kind(**config.get(name, {})) for name, kind in sections.items()})  # type: ignore[arg-type]
+    with build_job(settings, groups) as job:
+        trainer = Trainer(settings, job)
+        recompute = trainer.policy.fill_old_logprobs
+
+        def fill(batches: Any) -> None:
+            recompute(batches)
+            if sabotage == "temperature":
+                for chunk in trainer.policy.chunks:
+                    chunk.module.temperature *= 1.01
+            if sabotage == "weights":
+                with torch.no_grad():
+                    for parameter in trainer.policy.weights.parameters.values():
+                        parameter.mul_(1.001)
+            if sabotage == "packing":
+                for micro in batches[0].micro_batches:
+                    if micro.old_logprobs is not None:
+                        micro.old_logprobs = micro.old_logprobs.roll(1)
+
+        trainer.policy.fill_old_logprobs = fill  # type: ignore[method-assign]
+        trainer.sync()
+        outcome = trainer.step(1)
+        reference_gap = [
+            float((m.reference_logprobs - m.old_logprobs)[m.response_mask].abs().max())
+            for b in outcome.mini_batches
+            for m in b.micro_batches
+            if m.reference_logprobs is not None and m.response_mask.any()
+        ]
+        return {
+            "log_ratio": [
+                [float(x) for m in result.reports for x, i in zip(m.log_ratio, m.sequence_ids, strict=True) if i >= 0]
+                for result in outcome.results
+            ],
+            "gap_to_engine": [float(m.maxima[1]) for result in outcome.results for m in result.reports],
+            "reference_gap": reference_gap,
+            "prompts": [group.prompt.id for group in outcome.experience.groups],
+            "has_engine": job.engine is not None,
+            "engine_version": None if job.engine is None else job.engine.version,
+            "weights": {name: p.detach().clone() for name, p in trainer.policy.weights.parameters.items()},
+            "grad_norms": [result.grad_norm for result in outcome.results],
+        }

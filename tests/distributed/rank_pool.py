@@ -22,14 +22,13 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
-    """Run cases as they come: ("module:function", kwargs) -> ("ok", result) or ("error", traceback)."""
+def _serve(rank: int, world_size: int, pipe: Connection) -> None:
+    """Run cases as they come: ("module:function", kwargs, port) -> ("ok", result) or ("error", traceback)."""
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
     import torch
@@ -39,17 +38,17 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         message = pipe.recv()
         if message is None:
             break
-        name, kwargs = message
+        name, kwargs, port = message
+        os.environ["MASTER_PORT"] = str(port)
         module, function = name.split(":")
         try:
             pipe.send(("ok", getattr(importlib.import_module(module), function)(**kwargs)))
         except BaseException:
             pipe.send(("error", traceback.format_exc()))
             break
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        # A layout makes dozens of gloo groups with threads of their own: all of them go, with the case.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 class RankPool:
@@ -64,8 +63,9 @@ class RankPool:
         """The case's result on each rank. Raises AssertionError with the traceback of a rank that failed."""
         if not self.processes:
             self._start()
+        port = free_port()
         for pipe in self.pipes:
-            pipe.send((case, kwargs))
+            pipe.send((case, kwargs, port))
         results, errors = [], []
         for rank, pipe in enumerate(self.pipes):
             if not pipe.poll(5 if errors else TIMEOUT_S):
@@ -84,10 +84,9 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        port = free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.world_size, theirs), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)

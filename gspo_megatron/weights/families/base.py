@@ -69,8 +69,9 @@ class ConfigReader:
             raise UserError(f"config.json: {name}={value!r} is not supported: {reason}")
 
     def rope_theta(self) -> float:
-        """From `rope_parameters` (transformers 5) or `rope_theta`; scaled variants are refused."""
-        parameters = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        """From `rope_parameters` (transformers 5), `rope_scaling` or `rope_theta`; scaled variants are refused."""
+        # Where both are given, transformers lets the older name go first: that is where users add scaling.
+        parameters = self.config.get("rope_scaling") or self.config.get("rope_parameters") or {}
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind != "default":
             raise UserError(f"config.json: rope_type={kind!r} is not supported; only unscaled rotary embeddings are")

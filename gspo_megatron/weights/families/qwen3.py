@@ -13,6 +13,8 @@ from gspo_megatron.weights.families.base import (
 )
 from gspo_megatron.weights.rules import Rule
 
+DEFAULT_HEAD_DIM = 128  # what transformers takes where config.json leaves head_dim out, whatever the hidden size
+
 
 def fields(config: dict[str, Any]) -> ModelFields:
     """Fields of a Qwen3ForCausalLM config."""
@@ -25,7 +27,7 @@ def fields(config: dict[str, Any]) -> ModelFields:
         hidden_size=read("hidden_size"),
         num_attention_heads=read("num_attention_heads"),
         num_query_groups=read("num_key_value_heads"),
-        head_dim=config.get("head_dim") or read("hidden_size") // read("num_attention_heads"),
+        head_dim=config.get("head_dim", DEFAULT_HEAD_DIM),
         ffn_hidden_size=read("intermediate_size"),
         vocab_size=read("vocab_size"),
         max_position_embeddings=read("max_position_embeddings"),

@@ -24,6 +24,8 @@ def fields(config: dict[str, Any]) -> ModelFields:
     moe_layers = tuple(i for i in range(read("num_hidden_layers")) if i not in dense and (i + 1) % step == 0)
     return replace(
         qwen3.fields(config),
+        # Left out, it is not the dense family's constant.
+        head_dim=config.get("head_dim") or read("hidden_size") // read("num_attention_heads"),
         num_experts=read("num_experts", "num_local_experts"),
         experts_per_token=read("num_experts_per_tok"),
         expert_ffn_hidden_size=read("moe_intermediate_size"),

@@ -173,14 +173,18 @@ def test_advantages_leave_out_nan_and_keep_its_place() -> None:
 
 
 @pytest.mark.parametrize("normalize_std", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # in float64 the mean of three 0.1 is not 0.1
 @pytest.mark.parametrize(
     "rewards",
     [[0.1] * 7, [1.0] * 8, [0.0, 0.0], [NAN, 0.7, NAN], [NAN, NAN], [NAN, 0.1, 0.1, 0.1], [1 / 3] * 3, [1e6 + 0.1] * 3],
 )
-def test_a_group_without_a_difference_gets_exactly_zero(rewards: list[float], normalize_std: bool) -> None:
+def test_a_group_without_a_difference_gets_exactly_zero(
+    rewards: list[float], normalize_std: bool, dtype: torch.dtype
+) -> None:
     algorithm = build(AlgorithmConfig(normalize_std=normalize_std))
-    assert torch.equal(algorithm.advantages(torch.tensor(rewards)), torch.zeros(len(rewards)))
-    assert not algorithm.is_informative(torch.tensor(rewards))
+    values = torch.tensor(rewards, dtype=dtype)
+    assert torch.equal(algorithm.advantages(values), torch.zeros(len(rewards)))
+    assert not algorithm.is_informative(values)
 
 
 def test_groups_do_not_mix() -> None:

@@ -176,7 +176,8 @@ def test_weights_scale_the_policy_term_alone_and_are_detached(name: str) -> None
     assert result.kl is not None and unweighted.kl is not None
     assert torch.equal(result.kl, unweighted.kl) and torch.equal(result.entropy, unweighted.entropy)
     result.loss.backward()
-    assert old.grad is None
+    applied = mismatch.weights(batch)
+    assert old.grad is None and applied is not None and not applied.requires_grad
 
 
 def test_a_nan_response_token_shows_in_every_mode() -> None:

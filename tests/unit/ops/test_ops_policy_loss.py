@@ -337,15 +337,19 @@ def test_no_sequence_and_no_token() -> None:
     assert padding.loss(num_sequences=8)[0].item() == 0
 
 
-def test_tokens_behind_the_last_sequence_count_as_masked() -> None:
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("filler", [math.nan, -2.0])
+def test_tokens_behind_the_last_sequence_count_as_masked(per_token: bool, filler: float) -> None:
     p = pack(["..xx", "x"], [1e-4, 0.1], [1.0, -1.0])
-    tail = torch.full((3,), math.nan, dtype=torch.float64)
+    if per_token:
+        p = replace(p, advantages=torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0], dtype=torch.float64))
+    tail = torch.full((3,), filler, dtype=torch.float64)
     longer = Pack(
         torch.cat([p.logprobs, tail]),
         torch.cat([p.old_logprobs, tail]),
         torch.cat([p.response_mask, torch.ones(3).bool()]),
         p.cu_seqlens,
-        p.advantages,
+        torch.cat([p.advantages, tail]) if per_token else p.advantages,
     )
     assert torch.equal(longer.loss()[0], p.loss()[0])
     assert torch.equal(longer.gradient(), torch.cat([p.gradient(), torch.zeros(3).double()]))

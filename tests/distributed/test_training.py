@@ -1,0 +1,90 @@
+"""Whole steps of real runs: the engine samples, the trainer recomputes, the weights go back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gspo_megatron.parallel import ParallelLayout
+from tests.distributed.rank_pool import RankPool
+
+MODEL = str(Path(__file__).parents[2] / "examples" / "quickstart" / "model")
+CONFIG: dict[str, Any] = {
+    "run": {"folder": "unused"},
+    "model": {"path": MODEL, "init": "random"},
+    "task": {
+        "name": "reasoning_gym",
+        "dataset": "spell_backward",
+        "params": {"min_word_len": 3, "max_word_len": 8},
+        "prompt_pattern": r": (?P<word>\w+)$",
+        "prompt_template": "{word}>",
+        "lowercase": True,  # partial credit stays on: random weights must have rewards that differ
+    },
+    "algorithm": {"name": "gspo", "mini_batches": 2},
+    "rollout": {"prompts_per_batch": 8, "samples_per_prompt": 4, "max_response_tokens": 12, "temperature": 0.8},
+    "data": {"token_budget": 256},
+    "optimizer": {"lr": 1e-3},
+}
+LAYOUTS = [
+    {},
+    {"tensor": 2, "expert": 2},
+    {"pipeline": 2},
+    {"data": 2, "expert": 2},
+    {"tensor": 2, "pipeline": 2},
+    {"tensor": 2, "data": 2, "expert": 4},
+]
+
+
+def name_of(layout: dict[str, int]) -> str:
+    return ParallelLayout(**layout).describe()
+
+
+def run(
+    ranks: Callable[[int], RankPool], layout: dict[str, int], config: dict[str, Any] = CONFIG, sabotage: str = ""
+) -> list[dict[str, Any]]:
+    pool = ranks(ParallelLayout(**layout).world_size)
+    return pool.run("tests.distributed.cases:first_batch", layout=layout, config=config, sabotage=sabotage)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+def test_first_mini_batch_is_on_policy(layout: dict[str, int], ranks: Callable[[int], RankPool]) -> None:
+    results = run(ranks, layout)
+    first, second = ([x for r in results if r["log_ratio"] for x in r["log_ratio"][j]] for j in (0, 1))
+    assert len(first) >= 16 and len(second) >= 16
+    assert max(map(abs, first)) <= 1e-6
+    assert max(map(abs, second)) > 1e-4, "the first optimizer step moved the policy"
+    assert max(x for r in results for x in r["gap_to_engine"]) <= 1e-4, "engine and trainer hold the same weights"
+    assert {r["engine_version"] for r in results if r["has_engine"]} == {1}
+    assert all(0 < norm < float("inf") for r in results for norm in r["grad_norms"])
+
+
+@pytest.mark.parametrize("sabotage", ["temperature", "weights", "packing"])
+def test_a_stale_old_policy_shows_in_the_first_mini_batch(sabotage: str, ranks: Callable[[int], RankPool]) -> None:
+    results = run(ranks, {"tensor": 2, "expert": 2}, sabotage=sabotage)
+    assert max(abs(x) for r in results for x in r["log_ratio"][0]) > 1e-5
+
+
+def test_replicas_generate_different_prompts(ranks: Callable[[int], RankPool]) -> None:
+    results = run(ranks, {"tensor": 2, "data": 2, "expert": 4})
+    heads = [set(r["prompts"]) for r in results if r["has_engine"]]
+    assert len(heads) == 2
+    assert heads[0] and heads[1] and not heads[0] & heads[1]
+    assert heads[0] | heads[1] == set(range(8))
+    assert all(not r["prompts"] for r in results if not r["has_engine"])
+
+
+def test_replicas_hold_the_same_weights_after_the_step(ranks: Callable[[int], RankPool]) -> None:
+    results = run(ranks, {"data": 2})
+    first, second = (r["weights"] for r in results)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2, "expert": 2}, {"pipeline": 2}], ids=name_of)
+def test_reference_model_is_the_initial_policy(layout: dict[str, int], ranks: Callable[[int], RankPool]) -> None:
+    config = {**CONFIG, "algorithm": {**CONFIG["algorithm"], "kl_coefficient": 0.05}}
+    gaps = [gap for r in run(ranks, layout, config) for gap in r["reference_gap"]]
+    assert gaps and max(gaps) <= 1e-6
