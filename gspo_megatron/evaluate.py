@@ -19,7 +19,7 @@ class EvalResult:
     """Rewards of the held-out prompts."""
 
     mean: float  # avg@k: over prompts, of the mean reward of their samples
-    ci95: float  # half-width of the 95 % interval of the mean, over prompts
+    ci95: float  # half-width of the 95 % interval of the mean, over prompts; NaN with a single one
     pass_at: dict[int, float]  # k -> unbiased estimate that one of k samples is correct
     num_prompts: int
     num_samples: int
@@ -42,7 +42,8 @@ def summarize(rewards: Sequence[Sequence[float | None]]) -> EvalResult:
     if not means:
         raise RuntimeError("not one held-out response could be scored")
     mean = sum(means) / len(means)
-    variance = sum((m - mean) ** 2 for m in means) / max(1, len(means) - 1)
+    # One prompt tells nothing about the spread over prompts.
+    variance = sum((m - mean) ** 2 for m in means) / (len(means) - 1) if len(means) > 1 else math.nan
     k_max = min((len(s) for s in scored if s), default=1)
     pass_at = {}
     for k in (2**i for i in range(k_max.bit_length())):

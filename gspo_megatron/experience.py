@@ -20,7 +20,7 @@ class Experience:
 
     groups: list[Group]  # scored
     sequences: list[Sequence]  # numbered over the whole batch
-    advantages: list[list[float]]  # per group, per rollout
+    advantages: list[list[float | None]]  # per group, per rollout; None for one that trains nothing
     score: ScoreReport
     next_prompt: int  # where the next batch starts in the task's order
 
@@ -48,7 +48,9 @@ def collect(job: Job, algorithm: Algorithm, *, batch: int, first_prompt: int) ->
     sequences, advantages = [], []
     for group in groups:
         values = _advantages(group, algorithm, config)
-        advantages.append([float(v) if v.dim() == 0 else float(v.mean()) for v in values])
+        advantages.append(
+            [float(v.mean()) if _trains(r, config) else None for r, v in zip(group.rollouts, values, strict=True)]
+        )
         for i, (rollout, value) in enumerate(zip(group.rollouts, values, strict=True)):
             index = places[group.prompt.id] * config.rollout.samples_per_prompt + i
             sequences.append(_sequence(index, rollout, value, config))
@@ -113,15 +115,18 @@ def _advantages(group: Group, algorithm: Algorithm, config: TrainConfig) -> list
     return list(values)
 
 
-def _sequence(index: int, rollout: Rollout, advantage: torch.Tensor, config: TrainConfig) -> Sequence:
-    """A rollout without reward, or truncated under "mask" or "drop", trains nothing but stays counted in N."""
-    trains = rollout.reward is not None and not (
+def _trains(rollout: Rollout, config: TrainConfig) -> bool:
+    """False without a reward, or truncated under "mask" or "drop"; such a rollout stays counted in N."""
+    return rollout.reward is not None and not (
         rollout.finish_reason == "length" and config.rollout.truncated in ("mask", "drop")
     )
+
+
+def _sequence(index: int, rollout: Rollout, advantage: torch.Tensor, config: TrainConfig) -> Sequence:
     return Sequence(
         index=index,
         token_ids=rollout.token_ids,
-        response_mask=rollout.response_mask & trains,
+        response_mask=rollout.response_mask & _trains(rollout, config),
         rollout_logprobs=rollout.rollout_logprobs,
         advantages=advantage,
     )

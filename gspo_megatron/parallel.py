@@ -44,10 +44,13 @@ class ParallelLayout:
                 raise UserError(f"parallel.{name}={degree} must be at least 1")
         per_stage = self.tensor * self.context * self.data
         if per_stage % (self.expert * self.expert_tensor):
+            name, taken = (
+                ("expert", self.expert_tensor) if per_stage % self.expert_tensor == 0 else ("expert_tensor", 1)
+            )
             raise UserError(
                 f"parallel.expert={self.expert} × parallel.expert_tensor={self.expert_tensor} must divide "
-                f"tensor×context×data={per_stage}, the ranks of one pipeline stage; use expert in "
-                f"{[d for d in range(1, per_stage + 1) if per_stage % (d * self.expert_tensor) == 0]}"
+                f"tensor×context×data={per_stage}, the ranks of one pipeline stage; use {name} in "
+                f"{[d for d in range(1, per_stage + 1) if per_stage % (d * taken) == 0]}"
             )
 
     @property

@@ -39,7 +39,7 @@ def observe(micro: MicroBatch, logprobs: Tensor, entropy: Tensor, loss: Tensor, 
     assert micro.old_logprobs is not None
     zero = torch.zeros_like(micro.old_logprobs)
     gap = torch.where(mask, micro.old_logprobs - micro.rollout_logprobs, zero)
-    token_log_ratio = torch.where(mask, logprobs.detach() - micro.old_logprobs, zero)
+    token_log_ratio = torch.where(mask, logprobs.detach() - micro.old_logprobs, -torch.inf)  # 0 would be a ratio of 1
     segment = torch.searchsorted(micro.cu_seqlens, torch.arange(mask.numel(), device=mask.device), right=True) - 1
 
     def per_sequence(values: Tensor) -> Tensor:
@@ -150,7 +150,8 @@ def summarize(records: Sequence[RankRecord]) -> dict[str, float | None]:
         row["kl_rollout_trainer"] = float(k3.sum() / tokens.sum())
         row["token_ratio_max"] = float(maxima[0].exp())
         row["sync_probe_max_abs"] = float(maxima[1])
-    first = [abs(x) for r in training for x in r.sequences[0]["log_ratio"]]
+    starts = [r.sequences[0] for r in training]
+    first = [abs(x) for p in starts for x, n in zip(p["log_ratio"], p["num_tokens"], strict=True) if n > 0]
     row["old_logprob_gap_first_mini_batch"] = max(first, default=None)
     row["padding_fraction"] = sum(r.padding_fraction for r in training) / len(training)
 

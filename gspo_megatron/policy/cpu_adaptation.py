@@ -1,6 +1,6 @@
 """Megatron-Core 0.16.1 assumes CUDA in a few places; this module makes those places work on the CPU.
 
-`adapt()` does nothing where CUDA is there. Each patch is named after what it replaces. Only Megatron's
+Where CUDA is there `adapt()` leaves all of that alone. Each patch is named after what it replaces. Only Megatron's
 own modules see the changes: torch itself is touched in two methods, whose answers change for Megatron's
 callers alone.
 """
@@ -191,6 +191,7 @@ class Patch:
 
     apply: Callable[[], None]
     symbols: tuple[str, ...]
+    on_cuda_too: bool = False  # mends what fails without Transformer Engine on any device
 
 
 PATCHES = (
@@ -220,7 +221,7 @@ PATCHES = (
     ),
     Patch(tensor_type_in_optimizer, ("torch:Tensor.type",)),
     Patch(tensor_cuda, ("torch:Tensor.cuda",)),
-    Patch(te_general_gemm, ("megatron.core.transformer.moe.moe_utils:RouterGatingLinearFunction",)),
+    Patch(te_general_gemm, ("megatron.core.transformer.moe.moe_utils:RouterGatingLinearFunction",), True),
     Patch(split_sizes, ("megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",)),
     Patch(
         uneven_collectives,
@@ -235,15 +236,15 @@ _adapted = False
 
 
 def adapt() -> bool:
-    """Apply every patch once, unless CUDA is there. Returns whether the CPU path is in use.
+    """Apply the patches that this machine needs, once. Returns whether the CPU path is in use.
 
     Call after importing the Megatron modules that will be used: patches reach loaded modules only.
     """
     global _adapted
-    if torch.cuda.is_available():
-        return False
+    on_cpu = not torch.cuda.is_available()
     if not _adapted:
         for patch in PATCHES:
-            patch.apply()
+            if on_cpu or patch.on_cuda_too:
+                patch.apply()
         _adapted = True
-    return True
+    return on_cpu

@@ -61,7 +61,6 @@ class MegatronPolicy:
         self.chunks = wrap_ddp(chunks, config)
         self.optimizer = build_optimizer(self.chunks, optimizer, dtype)
         self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
-        config.grad_scale_func = self.optimizer.scale_loss
         self.reference = ReferenceWeights(list(self.weights.parameters.values())) if keep_reference else None
 
     def fill_old_logprobs(self, batches: Sequence[StepBatch]) -> None:

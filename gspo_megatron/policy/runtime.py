@@ -18,14 +18,15 @@ def initialize(layout: ParallelLayout, *, seed: int, timeout_s: float) -> Proces
     """Join the job (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and build the groups of the layout.
 
     A collective that takes longer than `timeout_s` raises on every rank. Can be called again, for
-    another layout, after `shutdown`.
+    another layout, after Megatron's parallel state was destroyed.
     """
     adapt()
     device = current_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(collective_backend(device), timeout=timeout)
+    if not dist.is_initialized():
+        dist.init_process_group(collective_backend(device), timeout=timeout)
     assert dist.get_world_size() == layout.world_size, (dist.get_world_size(), layout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,

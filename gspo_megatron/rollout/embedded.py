@@ -29,9 +29,9 @@ class EmbeddedEngine:
     def __init__(self, model_folder: str | Path, *, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
         config = AutoConfig.from_pretrained(model_folder, local_files_only=True)
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", experts_implementation="grouped_mm"
-            )
+            # Experts run as grouped products by default; asking for it refuses models without experts.
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model.tie_weights()  # part of the initialisation that was left out
         self.model = model.to(device).eval()
         self.device, self.batch_size = device, batch_size
         self._parameters = dict(self.model.named_parameters())
@@ -53,6 +53,7 @@ class EmbeddedEngine:
         """Start receiving the weights of a version; until `end_update` nothing is generated."""
         assert self._elements_missing is None, "an update is already open"
         self._elements_missing = {name: p.numel() for name, p in self._parameters.items()}
+        self._received: set[str] = set()
         self._next_version = version
 
     @torch.no_grad()
@@ -60,6 +61,9 @@ class EmbeddedEngine:
         """Copy HF-named tensors into the model."""
         assert self._elements_missing is not None, "update outside begin_update … end_update"
         for item in bucket:
+            # Elements alone would not tell: a second copy of one expert makes up for another's absence.
+            assert item.name not in self._received, f"{item.name} arrived twice"
+            self._received.add(item.name)
             name, target = self._target(item.name)
             assert target.shape == item.tensor.shape, (item.name, target.shape, item.tensor.shape)
             target.copy_(item.tensor)
@@ -111,8 +115,8 @@ class EmbeddedEngine:
             if needed > context:
                 raise UserError(
                     f"prompt {prompt.id} has {len(prompt.token_ids)} tokens; with rollout.max_response_tokens="
-                    f"{params.max_response_tokens} it needs {needed}, and the model's context is {context}; shorten the "
-                    "prompt or lower rollout.max_response_tokens"
+                    f"{params.max_response_tokens} it needs {needed}, and the model's context is {context}; shorten "
+                    "the prompt or lower rollout.max_response_tokens"
                 )
 
     def _sample(

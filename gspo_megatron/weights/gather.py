@@ -36,13 +36,14 @@ class GatherPlan:
 
     specs: tuple[TensorSpec, ...]
     layout: ParallelLayout
+    shard_shapes: tuple[torch.Size, ...]  # of each spec's shards, which are all alike
     buckets: tuple[tuple[int, ...], ...]  # spec indices, in export order
     moves: tuple[tuple[Move, ...], ...]  # per bucket
 
     def sent_numel(self, rank: int) -> int:
         """Elements that leave a rank, padding rows of the vocabulary included."""
         moves = (m for bucket in self.moves for m in bucket if m.source == rank != m.destination)
-        return sum(_shard_shape(self, m).numel() for m in moves)
+        return sum(self.shard_shapes[m.spec].numel() for m in moves)
 
 
 def owners(spec: TensorSpec, shard: int, layout: ParallelLayout, num_layers: int, num_experts: int) -> list[int]:
@@ -78,6 +79,7 @@ def plan_gather(
     itself if it owns it, else from the owner that has sent least so far.
     """
     exported = [s for s in specs if not s.load_only]
+    shapes = _shard_shapes(exported, layout)
     buckets: list[list[int]] = [[]]
     size = 0
     for i, spec in enumerate(exported):
@@ -100,10 +102,24 @@ def plan_gather(
                         source = destination
                     else:
                         source = min(holders, key=lambda rank: (sent.get(rank, 0), rank))
-                        sent[source] = sent.get(source, 0) + spec.numel // spec.num_shards(layout)
+                        sent[source] = sent.get(source, 0) + shapes[i].numel()
                     in_bucket.append(Move(i, shard, source, destination))
         moves.append(tuple(in_bucket))
-    return GatherPlan(tuple(exported), layout, tuple(tuple(b) for b in buckets), tuple(moves))
+    return GatherPlan(tuple(exported), layout, shapes, tuple(tuple(b) for b in buckets), tuple(moves))
+
+
+def _shard_shapes(specs: Sequence[TensorSpec], layout: ParallelLayout) -> tuple[torch.Size, ...]:
+    """Shapes of the parameters on a rank, from shards cut out of empty HF tensors."""
+    known: dict[tuple[object, ...], torch.Size] = {}  # thousands of specs, a dozen shapes
+    shapes = []
+    for spec in specs:
+        count = spec.num_shards(layout)
+        key = (spec.hf_shapes, spec.codec, spec.dim, count)
+        if key not in known:
+            whole = spec.codec.to_megatron([torch.empty(shape, device="meta") for shape in spec.hf_shapes])
+            known[key] = whole.shape if spec.dim is None else spec.codec.shard(whole, spec.dim, 0, count).shape
+        shapes.append(known[key])
+    return tuple(shapes)
 
 
 @dataclass
@@ -170,7 +186,7 @@ def _exchange(
         operations.append(dist.P2POp(dist.isend, flat, destination))
     arrivals = []
     for source, batch in sorted(incoming.items()):
-        shapes = [_shard_shape(plan, m) for m in batch]
+        shapes = [plan.shard_shapes[m.spec] for m in batch]
         flat = torch.empty(sum(s.numel() for s in shapes), dtype=dtype, device=device)
         counters.received_bytes += flat.numel() * flat.element_size()
         operations.append(dist.P2POp(dist.irecv, flat, source))
@@ -183,12 +199,3 @@ def _exchange(
         for move, shape, piece in zip(batch, shapes, pieces, strict=True):
             here[move.spec, move.shard] = piece.view(shape)
     return here
-
-
-def _shard_shape(plan: GatherPlan, move: Move) -> torch.Size:
-    """Shape of a shard, from a shard cut out of empty HF tensors."""
-    spec = plan.specs[move.spec]
-    whole = spec.codec.to_megatron([torch.empty(shape, device="meta") for shape in spec.hf_shapes])
-    if spec.dim is None:
-        return whole.shape
-    return spec.codec.shard(whole, spec.dim, move.shard, spec.num_shards(plan.layout)).shape

@@ -78,7 +78,7 @@ def logits(layout: dict[str, int], folder: str, lengths: list[int], vocab: int) 
         starts = micro.cu_seqlens.tolist()
         for i, index in enumerate(micro.sequence_ids.tolist()):
             if index >= 0:
-                out[index] = whole[starts[i] : starts[i + 1]]
+                out[index] = whole[starts[i] : starts[i + 1]].cpu()
     return out if groups.coordinates.tensor == 0 else None
 
 
@@ -179,7 +179,8 @@ def optimizer_step(
         task=TaskConfig(name="unused"),
         algorithm=AlgorithmConfig(mini_batches=1, **algorithm),
         data=DataConfig(token_budget=token_budget),
-        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.01),
+        # Adam's first step is lr·g/(|g| + eps): the usual eps would blow up the rounding of gradients near 0.
+        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.01, eps=1e-3),
     )
     original_ddp = optimizer_module.DistributedDataParallel
     if sabotage == "megatron":
@@ -345,6 +346,6 @@ def first_batch(layout: dict[str, int], config: dict[str, Any], sabotage: str = 
             "prompts": [group.prompt.id for group in outcome.experience.groups],
             "has_engine": job.engine is not None,
             "engine_version": None if job.engine is None else job.engine.version,
-            "weights": {name: p.detach().clone() for name, p in trainer.policy.weights.parameters.items()},
+            "weights": {name: p.detach().cpu().clone() for name, p in trainer.policy.weights.parameters.items()},
             "grad_norms": [result.grad_norm for result in outcome.results],
         }

@@ -22,33 +22,51 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _serve(rank: int, world_size: int, pipe: Connection) -> None:
-    """Run cases as they come: ("module:function", kwargs, port) -> ("ok", result) or ("error", traceback)."""
+def _reuse_groups() -> None:
+    """One process group per set of ranks, for all cases.
+
+    Each layout makes dozens of gloo groups with threads of their own, and Megatron's DDP never lets go of
+    those it has seen. All ranks ask for the same sets in the same order, so the cache is the same on all.
+    """
+    import torch.distributed as dist
+
+    new_group = dist.new_group
+    made: dict[tuple[int, ...], Any] = {}
+
+    def cached(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        key = tuple(sorted(range(dist.get_world_size()) if ranks is None else ranks))
+        if key not in made:
+            made[key] = new_group(list(key), *args, **kwargs)
+        return made[key]
+
+    dist.new_group = cached
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    """Run cases as they come: ("module:function", kwargs) -> ("ok", result) or ("error", traceback)."""
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
     import torch
 
     torch.set_num_threads(1)
+    _reuse_groups()
     while True:
         message = pipe.recv()
         if message is None:
             break
-        name, kwargs, port = message
-        os.environ["MASTER_PORT"] = str(port)
+        name, kwargs = message
         module, function = name.split(":")
         try:
             pipe.send(("ok", getattr(importlib.import_module(module), function)(**kwargs)))
         except BaseException:
             pipe.send(("error", traceback.format_exc()))
             break
-        # A layout makes dozens of gloo groups with threads of their own: all of them go, with the case.
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 class RankPool:
@@ -63,9 +81,8 @@ class RankPool:
         """The case's result on each rank. Raises AssertionError with the traceback of a rank that failed."""
         if not self.processes:
             self._start()
-        port = free_port()
         for pipe in self.pipes:
-            pipe.send((case, kwargs, port))
+            pipe.send((case, kwargs))
         results, errors = [], []
         for rank, pipe in enumerate(self.pipes):
             if not pipe.poll(5 if errors else TIMEOUT_S):
@@ -84,9 +101,10 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
+        port = free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)

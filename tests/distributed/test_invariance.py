@@ -34,6 +34,12 @@ LAYOUTS = [
     {"tensor": 2, "pipeline": 2},
     {"data": 2, "pipeline": 2, "expert": 2},
 ]
+# Every layout for the two main algorithms; the two richest for what shares their path.
+CASES = [(algorithm, layout) for algorithm in ("gspo", "grpo") for layout in LAYOUTS] + [
+    (algorithm, layout)
+    for algorithm in ("gspo_token", "gspo_kl")
+    for layout in ({"tensor": 2, "data": 2, "expert": 2}, {"tensor": 2, "pipeline": 2})
+]
 BUDGETS = [160, 40]  # tokens per micro-batch: all in one, and several
 MEAN_ADVANTAGE = 0.74
 
@@ -115,8 +121,7 @@ def test_the_fixed_batch_is_worth_testing_with(algorithm: str, reference: Callab
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(("algorithm", "layout"), CASES, ids=lambda x: x if isinstance(x, str) else name_of(x))
 def test_every_layout_takes_the_same_step(
     algorithm: str,
     layout: dict[str, int],
@@ -132,8 +137,7 @@ def test_every_layout_takes_the_same_step(
     assert error["loss"] <= 1e-6 * MEAN_ADVANTAGE, error
     assert error["log_ratio"] <= 1e-6, error
     assert {i: c for i, (_, c) in ours["stats"].items()} == {i: c for i, (_, c) in truth["stats"].items()}
-    # Adam's first step is lr·sign(g) where |g| is far above eps; the difference is in units of lr = 1e-3.
-    assert error["weights"] <= 2e-5, error
+    assert error["weights"] <= 1e-6, error  # a thousandth of the learning rate
     assert abs(ours["grad_norm"] - truth["grad_norm"]) <= 1e-5 * truth["grad_norm"]
 
 

@@ -166,7 +166,7 @@ def test_carrying_out_the_plan_by_hand_gives_back_the_checkpoint_bitwise(
                 count = spec.num_shards(layout)
                 piece = parameter if spec.dim is None else spec.codec.shard(parameter, spec.dim, move.shard, count)
                 shards.setdefault(move.spec, {})[move.shard] = piece
-        exported = {}
+        exported: dict[str, Tensor] = {}
         for index, by_shard in shards.items():
             spec = made.specs[index]
             ordered = [by_shard[i] for i in range(len(by_shard))]
@@ -234,7 +234,7 @@ def test_replicas_share_the_sending(layout: ParallelLayout, destinations: list[i
 
 
 def test_sixty_four_ranks_of_a_30b_model_are_planned_in_seconds() -> None:
-    specs, fields = model(
+    specs, _ = model(
         vocab_size=151936,
         hidden_size=2048,
         intermediate_size=6144,
