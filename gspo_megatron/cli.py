@@ -170,10 +170,10 @@ def _run_report(arguments: Arguments) -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="run folder with metrics.jsonl")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write into")
     options = parser.parse_args(arguments)
-    from gspo_megatron.stability.report import write_report
+    from gspo_megatron.stability.report import summarize, write_report
 
-    for path in write_report(options.folders, options.out):
-        print(path)
+    paths = write_report(options.folders, options.out)
+    print(*map(summarize, options.folders), *paths, sep="\n")
     return EXIT_DONE
 
 

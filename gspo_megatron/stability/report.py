@@ -8,10 +8,22 @@ from pathlib import Path
 from gspo_megatron.errors import UserError
 from gspo_megatron.stability.figure import MAX_RUNS, draw
 from gspo_megatron.stability.page import render
-from gspo_megatron.stability.quantities import first_last_gain
+from gspo_megatron.stability.quantities import first_last_gain, first_last_means, measured
 from gspo_megatron.stability.run_data import read_run, run_names
 
-__all__ = ["first_last_gain", "write_report"]
+__all__ = ["first_last_gain", "summarize", "write_report"]
+
+
+def summarize(folder: Path) -> str:
+    """One line on a run: mean reward of the first and last five rollout batches, held-out before and after."""
+    run = read_run(folder)
+    parts = []
+    if (means := first_last_means(run.rows, "reward_mean")) is not None:
+        first, last = means
+        parts.append(f"mean reward {first:.3f} (first 5 batches) → {last:.3f} (last 5), {last - first:+.3f}")
+    if len(held_out := measured(run.rows, "eval_reward_mean")) > 1:
+        parts.append(f"held-out {held_out[0]:.3f} → {held_out[-1]:.3f}")
+    return f"{folder}: {'; '.join(parts) or 'too short for a comparison'}"
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:

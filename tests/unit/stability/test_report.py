@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from gspo_megatron.errors import UserError
 from gspo_megatron.metrics import MetricsWriter
 from gspo_megatron.stability.figure import MAX_RUNS, build_figure
-from gspo_megatron.stability.report import write_report
+from gspo_megatron.stability.report import summarize, write_report
 from gspo_megatron.stability.run_data import config_differences, pick_samples, read_run
 
 ENGINE = "embedded, not SGLang"
@@ -91,6 +91,17 @@ def test_one_run_gives_a_picture_and_a_page_that_needs_nothing_else(tmp_path: Pa
     assert "0.4 ± 0.03" in page.text and "0.55 ± 0.02" in page.text
     assert ">0.43</td>" in source and ">0.58</td>" in source and ">0.15</td>" in source  # first 5, last 5, gain
     assert "algorithm.clip_low" in page.text
+
+
+def test_the_summary_gives_the_gain_and_the_held_out_rewards(tmp_path: Path) -> None:
+    rows = [row(0, eval_reward_mean=0.25)] + [row(i, reward_mean=i / 100) for i in range(1, 21)]
+    rows[-1]["eval_reward_mean"] = 0.5
+    folder = make_run(tmp_path / "run", rows)
+    assert summarize(folder) == (
+        f"{folder}: mean reward 0.030 (first 5 batches) → 0.180 (last 5), +0.150; held-out 0.250 → 0.500"
+    )
+    short = make_run(tmp_path / "short", rows[:3])
+    assert summarize(short) == f"{short}: too short for a comparison"
 
 
 def test_what_a_model_wrote_is_shown_and_never_run(tmp_path: Path) -> None:
