@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gspo_megatron.config import OptimizerConfig, TrainConfig
+from gspo_megatron.errors import UserError
 from gspo_megatron.job import Job, open_job, sync_weights
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.rollout.engine import SamplingParams
@@ -73,9 +74,18 @@ def evaluate(job: Job) -> EvalResult:
             stop_token_ids=job.tokenizer.stop_token_ids,
             seed=1_000_003 * (job.config.run.seed + 1) + job.groups.coordinates.data,
         )
-        groups, _ = job.scorer.score(job.engine.generate(mine, params))
-        record = [[rollout.reward for rollout in group.rollouts] for group in groups]
-    return summarize([samples for part in job.all_gather(record) for samples in part])
+        groups, report = job.scorer.score(job.engine.generate(mine, params))
+        record = [[rollout.reward for rollout in group.rollouts] for group in groups], report.first_error
+    records = job.all_gather(record)
+    rewards = [samples for part, _ in records for samples in part]
+    if not any(reward is not None for samples in rewards for reward in samples):
+        errors = [error for _, error in records if error]
+        raise UserError(
+            f"not one of {sum(map(len, rewards))} held-out responses could be scored; first error: {errors[0]}"
+            if errors
+            else "there are no held-out prompts to evaluate on; give task.eval_dataset or a positive task.holdout"
+        )
+    return summarize(rewards)
 
 
 def run(config: TrainConfig) -> None:

@@ -87,15 +87,16 @@ def build_job(config: TrainConfig | SftConfig, groups: ProcessGroups) -> Iterato
 
 
 def sync_weights(policy: MegatronPolicy, job: Job, version: int) -> int:
-    """Bring every engine to the policy's weights. Collective. Returns the bytes this rank sent."""
-    before = policy.weights.counters.sent_bytes
+    """Bring every engine to the policy's weights. Collective. Returns the bytes handed to this rank's engine."""
+    handed_over = 0
     if job.engine is not None:
         job.engine.pause()
         job.engine.begin_update(version)
     for bucket in policy.export(job.heads):
         if job.engine is not None:
             job.engine.update(bucket)
+            handed_over += sum(item.tensor.numel() * item.tensor.element_size() for item in bucket)
     if job.engine is not None:
         job.engine.end_update()
         job.engine.resume()
-    return policy.weights.counters.sent_bytes - before
+    return handed_over

@@ -26,7 +26,7 @@ class BatchOutcome:
     experience: Experience
     mini_batches: list[StepBatch]
     results: list[StepResult]
-    sent_bytes: int
+    engine_bytes: int  # handed to this rank's engine
     times: dict[str, float]  # seconds, by metric name
 
 
@@ -59,13 +59,13 @@ class Recorder:
 
     def batch(self, step: int, outcome: BatchOutcome, evaluation: EvalResult | None) -> None:
         """Gather one rollout batch's figures and write them."""
-        padding = [b.padding_fraction for b in outcome.mini_batches]
+        micro_batches = [m for batch in outcome.mini_batches for m in batch.micro_batches]
         records = self.job.gather(
             step_metrics.record(
                 [result.reports for result in outcome.results],
                 outcome.experience,
-                padding_fraction=sum(padding) / len(padding),
-                sent_bytes=outcome.sent_bytes,
+                padding=(sum(m.num_padding_tokens for m in micro_batches), sum(m.num_tokens for m in micro_batches)),
+                engine_bytes=outcome.engine_bytes,
             )
         )
         samples = self.job.gather(self._samples(outcome))

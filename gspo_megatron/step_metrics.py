@@ -87,7 +87,8 @@ class RankRecord:
     sequences: list[dict[str, list[float]]] = field(default_factory=list)
     sums: list[list[float]] = field(default_factory=list)
     maxima: list[list[float]] = field(default_factory=list)
-    padding_fraction: float = 0.0
+    padding_tokens: int = 0
+    packed_tokens: int = 0
     # of the heads
     rewards: list[list[float | None]] = field(default_factory=list)
     response_lengths: list[int] = field(default_factory=list)
@@ -95,14 +96,14 @@ class RankRecord:
     failed: int = 0
     timed_out: int = 0
     # of all
-    sent_bytes: int = 0
+    engine_bytes: int = 0
 
 
 def record(
-    reports: Sequence[Sequence[MicroStats]], experience: Experience, *, padding_fraction: float, sent_bytes: int
+    reports: Sequence[Sequence[MicroStats]], experience: Experience, *, padding: tuple[int, int], engine_bytes: int
 ) -> RankRecord:
     """This rank's record; `reports` holds the micro-batches of each mini-batch, [] away from the last stage."""
-    out = RankRecord(padding_fraction=padding_fraction, sent_bytes=sent_bytes)
+    out = RankRecord(padding_tokens=padding[0], packed_tokens=padding[1], engine_bytes=engine_bytes)
     for micros in reports:
         if not micros:
             continue
@@ -153,7 +154,7 @@ def summarize(records: Sequence[RankRecord]) -> dict[str, float | None]:
     starts = [r.sequences[0] for r in training]
     first = [abs(x) for p in starts for x, n in zip(p["log_ratio"], p["num_tokens"], strict=True) if n > 0]
     row["old_logprob_gap_first_mini_batch"] = max(first, default=None)
-    row["padding_fraction"] = sum(r.padding_fraction for r in training) / len(training)
+    row["padding_fraction"] = sum(r.padding_tokens for r in training) / sum(r.packed_tokens for r in training)
 
     groups = [[x for x in g if x is not None] for r in records for g in r.rewards]
     rewards = torch.tensor([x for g in groups for x in g], dtype=torch.float64)
@@ -166,6 +167,6 @@ def summarize(records: Sequence[RankRecord]) -> dict[str, float | None]:
     row["zero_variance_group_fraction"] = sum(not g or min(g) == max(g) for g in groups) / len(groups)
     row["num_failed_rewards"] = sum(r.failed for r in records)
     row["num_timed_out_rewards"] = sum(r.timed_out for r in records)
-    row["reshard_bytes"] = sum(r.sent_bytes for r in records)
+    row["reshard_bytes"] = max(r.engine_bytes for r in records)
     row["response_tokens"] = sum(lengths)
     return row

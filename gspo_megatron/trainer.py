@@ -58,10 +58,10 @@ class Trainer:
                 experience = collect(self.job, self.algorithm, batch=batch, first_prompt=self.next_prompt)
             mini_batches, results = self.learn(experience.sequences)
             with self.timed("time_reshard_s"):
-                sent_bytes = self.sync()
+                engine_bytes = self.sync()
         self.next_prompt = experience.next_prompt
         generated_by = self.version - 2
-        return BatchOutcome(generated_by, experience, mini_batches, results, sent_bytes, dict(self.times))
+        return BatchOutcome(generated_by, experience, mini_batches, results, engine_bytes, dict(self.times))
 
     def learn(self, sequences: list[Sequence]) -> tuple[list[StepBatch], list[StepResult]]:
         """Pack the replica's sequences once, recompute their log-probabilities, one optimizer step a mini-batch."""
@@ -86,10 +86,10 @@ class Trainer:
         return observed_loss(self.algorithm, self.mismatch, num_sequences=batch.num_global_sequences)
 
     def sync(self) -> int:
-        """Hand the policy's weights to the engines as a new version. Returns the bytes this rank sent."""
-        sent_bytes = sync_weights(self.policy, self.job, self.version)
+        """Hand the policy's weights to the engines as a new version. Returns the bytes handed to this rank's engine."""
+        engine_bytes = sync_weights(self.policy, self.job, self.version)
         self.version += 1
-        return sent_bytes
+        return engine_bytes
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

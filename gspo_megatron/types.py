@@ -81,6 +81,10 @@ class MicroBatch:
     def num_tokens(self) -> int:
         return int(self.token_ids.numel())
 
+    @property
+    def num_padding_tokens(self) -> int:
+        return int((self.cu_seqlens.diff() * (self.sequence_ids < 0)).sum())
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -88,7 +92,6 @@ class StepBatch:
 
     micro_batches: list[MicroBatch]  # as many on every data-parallel rank
     num_global_sequences: int  # N: over all ranks and micro-batches, fully masked sequences included
-    padding_fraction: float = 0.0  # share of this rank's tokens that are padding
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,7 @@ def distribute(
             )
             for micro in plan.assignment[groups.coordinates.data]
         ]
-        total = sum(m.num_tokens for m in micro_batches)
-        padding = sum(int((m.cu_seqlens.diff() * (m.sequence_ids < 0)).sum()) for m in micro_batches)
-        batches.append(StepBatch(micro_batches, num_global_sequences=size, padding_fraction=padding / total))
+        batches.append(StepBatch(micro_batches, num_global_sequences=size))
     return batches
 
 

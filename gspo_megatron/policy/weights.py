@@ -11,7 +11,7 @@ from torch import Tensor
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.types import NamedTensor
 from gspo_megatron.weights.families.base import Family, ModelFields
-from gspo_megatron.weights.gather import GatherCounters, gather_buckets, plan_gather
+from gspo_megatron.weights.gather import GatherCounters, GatherPlan, gather_buckets, plan_gather
 from gspo_megatron.weights.hf_checkpoint import HFCheckpoint, random_tensor
 from gspo_megatron.weights.rules import TensorSpec
 
@@ -28,6 +28,7 @@ class PolicyWeights:
         self.specs = family.specs(fields)
         self.parameters = dict(parameters)
         self.counters = GatherCounters()
+        self._plans: dict[tuple[int, ...], GatherPlan] = {}
         known = {spec.megatron for spec in self.specs}
         assert self.parameters.keys() <= known, f"parameters without a rule: {sorted(self.parameters.keys() - known)}"
 
@@ -65,14 +66,16 @@ class PolicyWeights:
 
     def export(self, destinations: Sequence[int]) -> Iterator[list[NamedTensor]]:
         """Buckets of HF-named tensors at the destination ranks; empty lists elsewhere. Collective."""
-        plan = plan_gather(
-            self.specs,
-            self.groups.layout,
-            num_layers=self.fields.num_layers,
-            num_experts=self.fields.num_experts,
-            destinations=destinations,
-            bucket_numel=BUCKET_NUMEL,
-        )
+        plan = self._plans.get(tuple(destinations))
+        if plan is None:
+            plan = self._plans[tuple(destinations)] = plan_gather(
+                self.specs,
+                self.groups.layout,
+                num_layers=self.fields.num_layers,
+                num_experts=self.fields.num_experts,
+                destinations=destinations,
+                bucket_numel=BUCKET_NUMEL,
+            )
         local = {name: p.detach() for name, p in self.parameters.items()}
         yield from gather_buckets(plan, local, self.groups, self.counters)
 

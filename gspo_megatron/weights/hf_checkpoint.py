@@ -127,6 +127,7 @@ def save_hf_folder(
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     shards: list[list[str]] = []
+    dtypes: set[torch.dtype] = set()
     total, pending_bytes = 0, 0
     pending: dict[str, Tensor] = {}
 
@@ -137,6 +138,7 @@ def save_hf_folder(
         pending, pending_bytes = {}, 0
 
     for item in tensors:
+        dtypes.add(item.tensor.dtype)
         size = item.tensor.numel() * item.tensor.element_size()
         if pending and pending_bytes + size > shard_bytes:
             flush()
@@ -156,7 +158,19 @@ def save_hf_folder(
     for name in COMPANIONS:
         if (companions_from / name).is_file():
             shutil.copy(companions_from / name, partial / name)
+    _state_dtype(partial / "config.json", dtypes)
     partial.rename(folder)
+
+
+def _state_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
+    """Make config.json name the dtype that was saved, where it names another."""
+    if len(dtypes) != 1 or not config.is_file():
+        return
+    content = json.loads(config.read_text())
+    saved = str(next(iter(dtypes))).removeprefix("torch.")
+    stated = {key: saved for key in ("dtype", "torch_dtype") if content.get(key) not in (None, saved)}
+    if stated:
+        config.write_text(json.dumps(content | stated, indent=2) + "\n")
 
 
 def random_tensor(name: str, shape: tuple[int, ...], *, std: float, seed: int) -> Tensor:

@@ -109,10 +109,9 @@ def rank_records(
             )
     shares = [experience(range(r, 3, ranks)) if groups else EMPTY for r in range(ranks)]
     made = [
-        record(report, share, padding_fraction=0.25, sent_bytes=24 // ranks)
-        for report, share in zip(reports, shares, strict=True)
+        record(report, share, padding=(1, 4), engine_bytes=24) for report, share in zip(reports, shares, strict=True)
     ]
-    return [*made, record([[], []], EMPTY, padding_fraction=0.25, sent_bytes=0)]
+    return [*made, record([[], []], EMPTY, padding=(1, 4), engine_bytes=0)]
 
 
 REWARDS: list[list[float | None]] = [[1.0, 0.0, None, 0.5], [1.0, 1.0, 1.0, 1.0], [None, None, None, None]]
@@ -231,7 +230,7 @@ def test_the_largest_token_ratio_may_be_below_one() -> None:
     micro.old_logprobs = micro.rollout_logprobs.clone()
     loss = observed_loss(algorithm, Mismatch(), num_sequences=1)
     _, stats = loss(micro.old_logprobs - 0.25, torch.ones(micro.num_tokens), micro)
-    row = summarize([record([[stats]], experience([0]), padding_fraction=0.0, sent_bytes=0)])
+    row = summarize([record([[stats]], experience([0]), padding=(0, 4), engine_bytes=0)])
     assert row["token_ratio_max"] == pytest.approx(math.exp(-0.25))
 
 
@@ -273,7 +272,7 @@ def test_what_was_not_measured_is_absent_never_zero() -> None:
     algorithm = algorithms.build(CONFIGS["gspo"])
     masked = [replace(sequence(i), response_mask=torch.zeros(LENGTHS[i], dtype=torch.bool)) for i in range(3)]
     stats = run_micro(algorithm, masked, 4, math.nan, 3)
-    row = summarize([record([[stats]], experience([2]), padding_fraction=0.0, sent_bytes=0)])
+    row = summarize([record([[stats]], experience([2]), padding=(0, 4), engine_bytes=0)])
     unmeasured = [
         "entropy",
         "kl_rollout_trainer",
@@ -301,7 +300,7 @@ def test_a_nan_in_a_response_is_seen() -> None:
     new = micro.old_logprobs.clone()
     new[int(micro.response_mask.nonzero()[2])] = math.nan
     _, stats = observed_loss(algorithm, Mismatch(), num_sequences=2)(new, new.clone(), micro)
-    row = summarize([record([[stats]], experience([0]), padding_fraction=0.0, sent_bytes=0)])
+    row = summarize([record([[stats]], experience([0]), padding=(0, 4), engine_bytes=0)])
     for key in ("loss", "entropy", "token_ratio_max", "log_ratio_sequence_max_abs"):
         value = row[key]
         assert value is not None and math.isnan(value), key

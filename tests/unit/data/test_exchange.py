@@ -107,7 +107,7 @@ def test_mini_batches_are_equal_runs_of_the_numbered_sequences(groups: ProcessGr
                 found.append(i)
                 assert torch.equal(micro.token_ids[start:stop], given_[i].token_ids)
         assert sorted(found) == [2 * j, 2 * j + 1]
-        assert batch.padding_fraction == 0.0
+        assert all(m.num_padding_tokens == 0 for m in batch.micro_batches)
 
 
 def test_indices_that_are_no_run_from_zero_are_a_bug(groups: ProcessGroups) -> None:

@@ -94,7 +94,7 @@ def test_one_run_gives_a_picture_and_a_page_that_needs_nothing_else(tmp_path: Pa
 
 
 def test_the_summary_gives_the_gain_and_the_held_out_rewards(tmp_path: Path) -> None:
-    rows = [row(0, eval_reward_mean=0.25)] + [row(i, reward_mean=i / 100) for i in range(1, 21)]
+    rows = [row(0, reward_mean=None, eval_reward_mean=0.25)] + [row(i, reward_mean=i / 100) for i in range(1, 21)]
     rows[-1]["eval_reward_mean"] = 0.5
     folder = make_run(tmp_path / "run", rows)
     assert summarize(folder) == (

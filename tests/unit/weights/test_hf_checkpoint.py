@@ -208,8 +208,9 @@ def named(content: dict[str, Tensor]) -> Iterator[NamedTensor]:
 def companions(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "chat_template.jinja"):
         (folder / name).write_text(f"content of {name}")
+    (folder / "config.json").write_text('{"hidden_size":  8, "dtype": "float32"}')
     (folder / "optimizer.bin").write_text("not part of a model")
     return folder
 
@@ -218,12 +219,18 @@ def files(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir()}
 
 
+def test_the_saved_config_names_the_dtype_that_was_saved(tmp_path: Path, companions: Path) -> None:
+    save_hf_folder(tmp_path / "out", named({"a": torch.ones(2, dtype=torch.bfloat16)}), companions_from=companions)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == {"hidden_size": 8, "dtype": "bfloat16"}
+
+
 def test_a_small_model_becomes_one_file_with_its_companions(tmp_path: Path, companions: Path) -> None:
     content = tensors()
     target = tmp_path / "runs" / "final"
     save_hf_folder(target, named(content), companions_from=companions)
     assert files(target) == {SINGLE, "config.json", "tokenizer.json", "chat_template.jinja"}
-    assert (target / "config.json").read_text() == "content of config.json"
+    assert (target / "config.json").read_bytes() == (companions / "config.json").read_bytes()
     saved = load_file(target / SINGLE)
     assert saved.keys() == content.keys() and all(torch.equal(saved[n], content[n]) for n in content)
     with safe_open(target / SINGLE, "pt") as file:
