@@ -53,6 +53,7 @@ METRICS: dict[str, str] = {
     "eval_reward_ci95": "half-width of the 95 % confidence interval of eval_reward_mean (task's units)",
     "eval_samples_per_prompt": "k of avg@k and pass_at_k (count)",
     "pass_at_k": "share of held-out prompts with at least one right response among k (0-1)",
+    "kl_reference": "k3 estimate of the KL to the reference model, mean over sequences (nats a token)",
     "padding_fraction": "share of the packed tokens that are padding (0-1)",
     "learning_rate": "learning rate of the batch's last optimizer step",
     "num_failed_rewards": "rollouts whose scorer raised or returned no number (count)",

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gspo_megatron.algorithms import Algorithm, Mismatch, objective
+from gspo_megatron.algorithms import Algorithm, Mismatch, Objective, objective
 from gspo_megatron.experience import Experience
 from gspo_megatron.metrics import summarize_ratios
-from gspo_megatron.ops import PolicyLossStats
 from gspo_megatron.policy.step import LossFunction
 from gspo_megatron.types import MicroBatch
 
@@ -29,13 +28,13 @@ class MicroStats:
     clipped_tokens: Tensor  # [S]
     num_tokens: Tensor  # [S]
     advantages: Tensor  # [S]
-    sums: Tensor  # [4] loss, entropy, k3 of engine and trainer, response tokens
+    sums: Tensor  # [5] loss, entropy, k3 of engine and trainer, response tokens, KL to the reference (NaN: none)
     maxima: Tensor  # [2] token log-ratio, |engine - trainer|
 
 
-def observe(micro: MicroBatch, logprobs: Tensor, entropy: Tensor, loss: Tensor, stats: PolicyLossStats) -> MicroStats:
+def observe(micro: MicroBatch, logprobs: Tensor, entropy: Tensor, result: Objective) -> MicroStats:
     """Collect a micro-batch's figures without synchronising with the device."""
-    mask = micro.response_mask
+    mask, stats = micro.response_mask, result.stats
     assert micro.old_logprobs is not None
     zero = torch.zeros_like(micro.old_logprobs)
     gap = torch.where(mask, micro.old_logprobs - micro.rollout_logprobs, zero)
@@ -59,10 +58,11 @@ def observe(micro: MicroBatch, logprobs: Tensor, entropy: Tensor, loss: Tensor, 
         advantages=advantages,
         sums=torch.stack(
             [
-                loss.detach().double(),
+                result.loss.detach().double(),
                 torch.where(mask, entropy.detach(), zero).double().sum(),
                 (gap.expm1() - gap).double().sum(),
                 mask.double().sum(),
+                torch.full_like(zero[0], torch.nan).double() if result.kl is None else result.kl.double(),
             ]
         ),
         maxima=torch.stack([token_log_ratio.max(), gap.abs().max()]),
@@ -74,7 +74,7 @@ def observed_loss(algorithm: Algorithm, mismatch: Mismatch, *, num_sequences: in
 
     def loss(logprobs: Tensor, entropy: Tensor, micro: MicroBatch) -> tuple[Tensor, MicroStats]:
         result = objective(algorithm, logprobs, entropy, micro, num_sequences=num_sequences, mismatch=mismatch)
-        return result.loss, observe(micro, logprobs, entropy, result.loss, result.stats)
+        return result.loss, observe(micro, logprobs, entropy, result)
 
     return loss
 
@@ -142,10 +142,12 @@ def summarize(records: Sequence[RankRecord]) -> dict[str, float | None]:
         values["num_tokens"],
         values["advantages"],
     )
-    sums = torch.tensor([r.sums for r in training], dtype=torch.float64).sum(0)  # [mini-batches, 4]
+    sums = torch.tensor([r.sums for r in training], dtype=torch.float64).sum(0)  # [mini-batches, 5]
     maxima = torch.tensor([r.maxima for r in training], dtype=torch.float64).amax((0, 1))
-    loss, entropy, k3, tokens = sums.unbind(1)
+    loss, entropy, k3, tokens, kl_reference = sums.unbind(1)
     row["loss"] = float(loss.mean())
+    if not kl_reference.isnan().all():
+        row["kl_reference"] = float(kl_reference.mean())
     if tokens.sum() > 0:
         row["entropy"] = float(entropy.sum() / tokens.sum())
         row["kl_rollout_trainer"] = float(k3.sum() / tokens.sum())

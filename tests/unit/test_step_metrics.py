@@ -37,6 +37,7 @@ CONFIGS = {
     "gspo": AlgorithmConfig(name="gspo", clip_low=3e-3, clip_high=4e-3, mini_batches=MINI_BATCHES),
     "grpo": AlgorithmConfig(name="grpo", clip_low=0.02, clip_high=0.03, mini_batches=MINI_BATCHES),
     "gspo_token": AlgorithmConfig(name="gspo_token", clip_low=3e-3, clip_high=4e-3, mini_batches=MINI_BATCHES),
+    "gspo_kl": AlgorithmConfig(clip_low=3e-3, clip_high=4e-3, mini_batches=MINI_BATCHES, kl_coefficient=0.1),
 }
 
 
@@ -77,6 +78,8 @@ def run_micro(
             columns[name][start : start + len(value) - 1] = value[1:]
     columns = {name: torch.where(micro.response_mask, value, outside) for name, value in columns.items()}
     micro.old_logprobs = columns["old"]
+    if algorithm.needs_reference:
+        micro.reference_logprobs = columns["old"] - 0.05
     micro.rollout_logprobs = torch.where(micro.response_mask, micro.rollout_logprobs, outside)
     loss = observed_loss(algorithm, Mismatch(), num_sequences=num_sequences)
     _, stats = loss(columns["new"].requires_grad_(), columns["entropy"], micro)
@@ -193,6 +196,14 @@ def test_every_figure_equals_its_definition(name: str) -> None:
         assert row[f"log_ratio_sequence_{key}"] == pytest.approx(float(np.quantile(log_s, q)), abs=1e-6)
     in_first = [abs(x) for i, x in zip(real, log_s, strict=True) if i < 6]
     assert row["old_logprob_gap_first_mini_batch"] == pytest.approx(max(in_first), rel=1e-4)
+
+    kl = []
+    for i in real:
+        values, mask = token_values(i), sequence(i).response_mask
+        d = (values["new"].double() - values["old"].double() + 0.05)[mask]
+        kl.append(float((torch.exp(-d) - 1 + d).mean()))
+    expected_kl = sum(kl) / len(LENGTHS)  # N counts the fully masked ones; both mini-batches are equally large
+    assert row.get("kl_reference") == (pytest.approx(expected_kl, rel=1e-4) if name == "gspo_kl" else None)
 
     if name == "gspo":
         low, high = math.log(1 - 3e-3), math.log(1 + 4e-3)
