@@ -26,7 +26,12 @@ LAYOUTS = [
     {"pipeline": 4},
 ]
 DENSE_LAYOUTS = [layout for layout in LAYOUTS if "expert" not in layout and layout.get("pipeline") != 4]
-CASES = [("moe", layout) for layout in LAYOUTS] + [(k, layout) for k in ("dense", "tied") for layout in DENSE_LAYOUTS]
+MIXED_LAYOUTS = [{}, {"pipeline": 2}, {"tensor": 2, "expert": 2}]
+CASES = [
+    *(("moe", layout) for layout in LAYOUTS),
+    *(("mixed", layout) for layout in MIXED_LAYOUTS),
+    *((kind, layout) for kind in ("dense", "tied") for layout in DENSE_LAYOUTS),
+]
 LENGTHS = [7, 3, 12, 5, 9, 2, 15, 6]
 
 
@@ -37,7 +42,7 @@ def name_of(layout: dict[str, int]) -> str:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("models")
-    return {kind: tiny_models.write(base / kind, kind) for kind in ("moe", "dense", "tied")}
+    return {kind: tiny_models.write(base / kind, kind) for kind in ("moe", "mixed", "dense", "tied")}
 
 
 @pytest.mark.parametrize(("kind", "layout"), CASES, ids=lambda x: x if isinstance(x, str) else name_of(x))

@@ -29,11 +29,15 @@ def _common() -> dict[str, object]:
 
 
 def make(kind: str, seed: int = 0) -> PreTrainedModel:
-    """`moe`, `dense` or `tied`: float32, weights large enough that experts and attention matter."""
+    """`moe`, `mixed` (dense and MoE layers, softmax before top-k, tied), `dense` or `tied` (dense too).
+
+    float32, weights large enough that experts and attention matter.
+    """
     torch.manual_seed(seed)
-    if kind == "moe":
-        moe = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**_common(), **moe, tie_word_embeddings=False))
+    if kind in ("moe", "mixed"):
+        moe = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": kind == "moe"}
+        dense = {"mlp_only_layers": [1, 2]} if kind == "mixed" else {}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**_common(), **moe, **dense, tie_word_embeddings=kind == "mixed"))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**_common(), tie_word_embeddings=kind == "tied"))
     generator = torch.Generator().manual_seed(seed + 1)
