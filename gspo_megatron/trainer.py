@@ -36,7 +36,8 @@ class Trainer:
             temperature=config.rollout.temperature,
             keep_reference=self.algorithm.needs_reference,
         )
-        self.version, self.next_prompt = 0, 0
+        self.version = -1  # of the weights that the engines hold
+        self.next_prompt = 0
         self.times: dict[str, float] = {}
 
     def run(self) -> None:
@@ -53,6 +54,7 @@ class Trainer:
 
     def step(self, batch: int) -> BatchOutcome:
         """One rollout batch: generate, score and weigh; learn; hand over the weights."""
+        generated_by = self.version
         with self.timed("time_step_s"):
             with self.timed("time_rollout_s"):
                 experience = collect(self.job, self.algorithm, batch=batch, first_prompt=self.next_prompt)
@@ -60,7 +62,6 @@ class Trainer:
             with self.timed("time_reshard_s"):
                 engine_bytes = self.sync()
         self.next_prompt = experience.next_prompt
-        generated_by = self.version - 2
         return BatchOutcome(generated_by, experience, mini_batches, results, engine_bytes, dict(self.times))
 
     def learn(self, sequences: list[Sequence]) -> tuple[list[StepBatch], list[StepResult]]:
@@ -87,9 +88,8 @@ class Trainer:
 
     def sync(self) -> int:
         """Hand the policy's weights to the engines as a new version. Returns the bytes handed to this rank's engine."""
-        engine_bytes = sync_weights(self.policy, self.job, self.version)
         self.version += 1
-        return engine_bytes
+        return sync_weights(self.policy, self.job, self.version)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
