@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from gspo_megatron.job import Job
 from gspo_megatron.metrics import MetricsWriter
 from gspo_megatron.policy.policy import StepResult
 from gspo_megatron.progress import Progress
-from gspo_megatron.types import StepBatch
+from gspo_megatron.types import Rollout, StepBatch
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Recorder:
         self.is_writer = job.groups.rank == 0
         self.display = Progress(total, label, enabled=self.is_writer, unit=unit)
         self.writer: MetricsWriter | None = None
-        self.last_row: dict[str, Any] = {}
+        self._errors_said: set[str] = set()
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Recorder]:
@@ -62,7 +62,8 @@ class Recorder:
         micro_batches = [m for batch in outcome.mini_batches for m in batch.micro_batches]
         records = self.job.gather(
             step_metrics.record(
-                [result.reports for result in outcome.results],
+                # Every tensor-parallel rank of the last stage holds the same reports: one of them counts.
+                [result.reports if self.job.groups.reports_loss else [] for result in outcome.results],
                 outcome.experience,
                 padding=(sum(m.num_padding_tokens for m in micro_batches), sum(m.num_tokens for m in micro_batches)),
                 engine_bytes=outcome.engine_bytes,
@@ -77,10 +78,22 @@ class Recorder:
         row["rollout_tokens_per_s"] = tokens / outcome.times["time_rollout_s"]
         row["grad_norm"] = sum(r.grad_norm for r in outcome.results) / len(outcome.results)
         row["learning_rate"] = outcome.results[-1].learning_rate
+        self._report_failures(step, records)
         self.write(step, row, evaluation)
         assert self.writer is not None
-        flat = [sample for part in samples for sample in part]
-        self.writer.write_samples(step, flat[: self.job.config.log.samples_per_batch])
+        merged = [sample for part in samples for sample in part]
+        chosen = choose([r["reward"] for _, r in merged], [n for n, _ in merged], self.job.config.log.samples_per_batch)
+        self.writer.write_samples(step, [merged[i][1] for i in chosen])
+
+    def _report_failures(self, step: int, records: Sequence[step_metrics.RankRecord]) -> None:
+        """Say once for each reason that rewards failed; how many there were is in the metrics."""
+        for record in records:
+            if record.first_error is not None and record.first_error not in self._errors_said:
+                self._errors_said.add(record.first_error)
+                failed = sum(r.failed + r.timed_out for r in records)
+                self.display.note(
+                    f"batch {step}: {failed} rollouts have no reward; the scorer said: {record.first_error}"
+                )
 
     def write(self, step: int, row: dict[str, Any], evaluation: EvalResult | None) -> None:
         """One row of metrics.jsonl, at rank 0; the evaluation is that of the weights after the step."""
@@ -99,10 +112,9 @@ class Recorder:
         self.writer.write(row)
         if step > 0:
             self.display.update(row)
-        self.last_row = row
 
-    def _samples(self, outcome: BatchOutcome) -> list[dict[str, Any]] | None:
-        """A few of this head's rollouts: the best, the worst and the longest among them."""
+    def _samples(self, outcome: BatchOutcome) -> list[tuple[int, dict[str, Any]]] | None:
+        """(response length, row of samples.jsonl) of a few of this head's rollouts."""
         experience = outcome.experience
         if not experience.groups:
             return None
@@ -111,26 +123,28 @@ class Recorder:
             for group, advantages in zip(experience.groups, experience.advantages, strict=True)
             for rollout, advantage in zip(group.rollouts, advantages, strict=True)
         ]
-        scored = [i for i, (r, _, _) in enumerate(flat) if r.reward is not None]
-        chosen: list[int] = []
-        if scored:
-            chosen = [
-                max(scored, key=lambda i: flat[i][0].reward or 0.0),
-                min(scored, key=lambda i: flat[i][0].reward or 0.0),
-            ]
-        chosen.append(max(range(len(flat)), key=lambda i: int(flat[i][0].response_mask.sum())))
-        chosen = list(dict.fromkeys([*chosen, *range(len(flat))]))[: self.job.config.log.samples_per_batch]
-        rows = []
-        for i in chosen:
-            rollout, advantage, prompt = flat[i]
-            rows.append(
-                {
-                    "prompt": prompt,
-                    "response": self.job.tokenizer.decode(rollout.token_ids[rollout.response_mask].tolist()),
-                    "reward": rollout.reward,
-                    "finish_reason": rollout.finish_reason,
-                    "policy_version": outcome.policy_version,
-                    "advantage": advantage,
-                }
-            )
-        return rows
+        lengths = [int(rollout.response_mask.sum()) for rollout, _, _ in flat]
+        chosen = choose([r.reward for r, _, _ in flat], lengths, self.job.config.log.samples_per_batch)
+        return [(lengths[i], self._sample(*flat[i])) for i in chosen]
+
+    def _sample(self, rollout: Rollout, advantage: float | None, prompt: str) -> dict[str, Any]:
+        response = rollout.response_mask
+        return {
+            "prompt": prompt,
+            "response": self.job.tokenizer.decode(rollout.token_ids[response].tolist()),
+            "reward": rollout.reward,
+            "finish_reason": rollout.finish_reason,
+            "policy_version": int(rollout.policy_versions[response][0]),
+            "advantage": advantage,
+        }
+
+
+def choose(rewards: Sequence[float | None], lengths: Sequence[int], most: int) -> list[int]:
+    """Positions of the rollouts worth reading: the best, the worst, the longest, then the first ones."""
+    everyone = range(len(lengths))
+    scored = [i for i in everyone if rewards[i] is not None]
+    telling = []
+    if scored:
+        telling = [max(scored, key=lambda i: rewards[i] or 0.0), min(scored, key=lambda i: rewards[i] or 0.0)]
+    telling.append(max(everyone, key=lambda i: lengths[i]))
+    return list(dict.fromkeys([*telling, *everyone]))[:most]

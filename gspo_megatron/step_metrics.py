@@ -95,6 +95,7 @@ class RankRecord:
     truncated: int = 0
     failed: int = 0
     timed_out: int = 0
+    first_error: str | None = None
     # of all
     engine_bytes: int = 0
 
@@ -124,6 +125,7 @@ def record(
         out.response_lengths += [int(r.response_mask.sum()) for r in group.rollouts]
         out.truncated += sum(r.finish_reason == "length" for r in group.rollouts)
     out.failed, out.timed_out = experience.score.num_failed, experience.score.num_timed_out
+    out.first_error = experience.score.first_error
     return out
 
 

@@ -47,7 +47,7 @@ class MegatronPolicy:
         self.groups, self.source = groups, Path(model.path)
         self.family, self.fields = load_fields(model.path)
         dtype = DTYPES[model.dtype]
-        config = transformer_config(self.fields, groups.layout, dtype=dtype, router_aux_loss=model.router_aux_loss)
+        config = transformer_config(self.fields, groups.layout, dtype=dtype)
         chunks = build_model(self.fields, config, groups.layout)
         for chunk in chunks:
             chunk.temperature = temperature
@@ -78,7 +78,8 @@ class MegatronPolicy:
                     micro.reference_logprobs = logprobs
 
     def _logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        return [output[0] for output in forward_only(self.chunks, micro_batches)]
+        with torch.no_grad():  # Megatron's schedules leave that to the caller
+            return [output[0] for output in forward_only(self.chunks, micro_batches)]
 
     def train_step(self, batch: StepBatch, loss_function: LossFunction) -> StepResult:
         """One optimizer step on the loss summed over all micro-batches of all ranks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 
 import torch
@@ -26,7 +27,8 @@ def initialize(layout: ParallelLayout, *, seed: int, timeout_s: float) -> Proces
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        dist.init_process_group(collective_backend(device), timeout=timeout)
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(collective_backend(device), timeout=timeout, device_id=device_id)
     assert dist.get_world_size() == layout.world_size, (dist.get_world_size(), layout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -35,7 +37,7 @@ def initialize(layout: ParallelLayout, *, seed: int, timeout_s: float) -> Proces
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        distributed_timeout_minutes=max(1, math.ceil(timeout_s / 60)),
         create_gloo_process_groups=False,
     )
     seed_everything(seed)

@@ -35,7 +35,10 @@ def forward_backward(
 
 
 def forward_only(chunks: Sequence[DistributedDataParallel], micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-    """[2, T] log-probabilities and entropies per micro-batch on the last pipeline stage, [] elsewhere."""
+    """[2, T] log-probabilities and entropies per micro-batch on the last pipeline stage, [] elsewhere.
+
+    Call under `torch.no_grad()`: the schedule itself would keep the graph.
+    """
 
     def collect(output: Tensor, micro: MicroBatch) -> Tensor:
         return output.detach()
