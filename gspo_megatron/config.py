@@ -38,6 +38,9 @@ class RunConfig:
     overwrite: bool = False
     """Allow a run folder that already holds a run; its files are replaced."""
 
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**31, f"run.seed={self.seed} must lie between 0 and 2147483647")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -49,8 +52,6 @@ class ModelConfig:
     """Start from the folder's weights, or from random weights of its config."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the policy's parameters. Gradients are reduced and optimizer state is kept in float32."""
-    router_aux_loss: float = 0.0
-    """Coefficient of the load-balancing loss. 0 for RL; used by sft."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class ParallelConfig:
     virtual_pipeline: int = 1
     """Model chunks per pipeline rank (interleaved schedule)."""
     timeout_s: float = 600.0
-    """A collective that takes longer ends the run with an error, in seconds."""
+    """A collective that takes longer ends the run with an error, in seconds; rounded up to whole minutes, at least
+    one, for Megatron's own groups."""
 
     def __post_init__(self) -> None:
         _require_positive("parallel", self, "timeout_s")
@@ -177,27 +179,37 @@ class AlgorithmConfig:
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
+class GenerationConfig:
     """Generation of responses."""
 
     engine: Literal["embedded"] = "embedded"
     """"embedded": in process, on each data-parallel replica's first rank."""
+    max_response_tokens: int = 1024
+    """Longest response, in tokens."""
+    batch_size: int = 256
+    """Embedded engine: responses generated together."""
+
+    def __post_init__(self) -> None:
+        _require_positive("rollout", self, "max_response_tokens", "batch_size")
+
+
+@dataclass(frozen=True)
+class RolloutConfig(GenerationConfig):
+    """Generation of responses."""
+
     prompts_per_batch: int = 32
     """Prompts per rollout batch, over all data-parallel ranks."""
     samples_per_prompt: int = 8
     """Responses per prompt (the group size); at least 2."""
     temperature: float = 1.0
     """Sampling temperature; old and new log-probabilities are taken at the same temperature."""
-    max_response_tokens: int = 1024
-    """Longest response, in tokens."""
     truncated: Literal["score", "zero", "mask", "drop"] = "score"
     """Responses cut at max_response_tokens: scored like others; reward 0; scored, but without gradient ("mask"); or
     also left out of the group's statistics ("drop"). They stay counted in N."""
-    batch_size: int = 256
-    """Embedded engine: responses generated together."""
 
     def __post_init__(self) -> None:
-        _require_positive("rollout", self, "prompts_per_batch", "temperature", "max_response_tokens", "batch_size")
+        super().__post_init__()
+        _require_positive("rollout", self, "prompts_per_batch", "temperature")
         _require(
             self.samples_per_prompt >= 2,
             f"rollout.samples_per_prompt={self.samples_per_prompt}: a group of one has no advantage; "
@@ -241,6 +253,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require_positive("optimizer", self, "lr", "eps")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name}={value} must be at least 0 and below 1")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must be at least 0")
+        _require(
+            self.clip_grad >= 0, f"optimizer.clip_grad={self.clip_grad} must be at least 0; 0 switches clipping off"
+        )
         _require(
             0 <= self.min_lr <= self.lr, f"optimizer.min_lr={self.min_lr} must lie between 0 and optimizer.lr={self.lr}"
         )
@@ -270,11 +289,14 @@ class LogConfig:
     """Where metrics go besides metrics.jsonl."""
 
     samples_per_batch: int = 4
-    """Rollouts written to samples.jsonl per rollout batch."""
+    """Rollouts written to samples.jsonl per rollout batch of train."""
     tensorboard: bool = False
     """Write TensorBoard event files into the run folder."""
     wandb_project: str = ""
     """Weights & Biases project; empty: off. WANDB_MODE=offline works."""
+
+    def __post_init__(self) -> None:
+        _require(self.samples_per_batch >= 0, f"log.samples_per_batch={self.samples_per_batch} must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -297,7 +319,7 @@ class SftLoopConfig:
     batch_size: int = 128
     """Worked answers per step, over all data-parallel ranks."""
     target_accuracy: float | None = None
-    """Stop at the first evaluation whose held-out accuracy is at least this. Unset: run all steps."""
+    """Stop at the first evaluation whose held-out accuracy is at least this; needs eval.every. Unset: run all steps."""
 
     def __post_init__(self) -> None:
         _require_positive("sft", self, "steps", "batch_size")
@@ -328,7 +350,7 @@ class SftConfig:
     model: ModelConfig
     task: TaskConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rollout: GenerationConfig = field(default_factory=GenerationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sft: SftLoopConfig = field(default_factory=SftLoopConfig)

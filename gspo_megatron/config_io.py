@@ -46,7 +46,15 @@ def field_types(section: type) -> dict[str, Any]:
 
 
 def field_help(section: type) -> dict[str, str]:
-    """Field name → the text under the field in the source."""
+    """Field name → the text under the field in the source, base classes included."""
+    texts: dict[str, str] = {}
+    for cls in reversed(section.__mro__):
+        if dataclasses.is_dataclass(cls):
+            texts |= _own_field_help(cls)
+    return texts
+
+
+def _own_field_help(section: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
     assert isinstance(body, ast.ClassDef)
     texts: dict[str, str] = {}
@@ -165,7 +173,7 @@ def _unknown_section(cls: type, section: str, is_table: bool) -> str:
 
 def _unknown_key(cls: type, section: str, key: str) -> str:
     known = field_types(sections(cls)[section])
-    hint = nearest(key, known) or _owner(cls, key)
+    hint = nearest(key, known) or _owner(cls, key) or _other_command(cls, section, key)
     return f'unknown key "{key}" in section [{section}].{hint or " Known: " + ", ".join(known)}'
 
 
@@ -173,6 +181,13 @@ def _owner(cls: type, key: str) -> str:
     """' It belongs to section [x].' where another section has the key."""
     owners = [f"[{name}]" for name, section in sections(cls).items() if key in field_types(section)]
     return f" It belongs to section {' or '.join(owners)}." if owners else ""
+
+
+def _other_command(cls: type, section: str, key: str) -> str:
+    """' Only train reads it; remove it.' where the other command's config has the key in this section."""
+    other, name = (TrainConfig, "train") if cls is SftConfig else (SftConfig, "sft")
+    found = section in sections(other) and key in field_types(sections(other)[section])
+    return f" Only `{name}` reads it; remove it." if found else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,6 +241,8 @@ def _resolve_flag(cls: type, flag: str) -> tuple[str, str, str | None]:
     known = [f"--{name}.{key}" for name, part in sections(cls).items() for key in field_types(part)]
     same_key = [name for name in known if name.rpartition(".")[2] == parts[-1].replace("-", "_")]
     hint_text = f" Did you mean {' or '.join(same_key)}?" if same_key else nearest(flag, known)
+    if len(parts) == 2 and not same_key:
+        hint_text = _other_command(cls, parts[0], parts[1].replace("-", "_")) or hint_text
     raise UserError(f'unknown option "{flag}".{hint_text} `--help` lists all')
 
 
@@ -427,7 +444,7 @@ def render_reference() -> str:
         "`--section.key value`; an entry of a table as `--task.params.NAME value`. Unknown keys are refused.",
         "This page is printed by `python -m gspo_megatron settings`; a test keeps it equal to the code.",
     ]
-    for name, section in {**train, **sft}.items():
+    for name, section in {**train, **{n: s for n, s in sft.items() if n not in train}}.items():
         commands = [c for c, known in (("train", train), ("sft", sft)) if name in known]
         used_by = "" if len(commands) == 2 else f" Only for `{commands[0]}`."
         lines += ["", f"## [{name}]", "", f"{section.__doc__}{used_by}", ""]
@@ -435,5 +452,7 @@ def render_reference() -> str:
         for field in dataclasses.fields(section):
             help_text = " ".join(field_help(section).get(field.name, "").split()).replace("|", "\\|")
             kind = type_name(field_types(section)[field.name])
+            if len(commands) == 2 and field.name not in field_types(sft[name]):
+                help_text += " Only for `train`."
             lines.append(f"| `{field.name}` | {kind} | {_literal(_default(field))} | {help_text} |")
     return "\n".join(lines) + "\n"

@@ -145,7 +145,7 @@ def _silence_torchelastic() -> None:
 
 
 def _job_exit_code(exit_codes: dict[int, int], ranks: int) -> int:
-    """One exit code for the job. Says which ranks were killed, since those could not say it themselves.
+    """One exit code for the job. Says which ranks were killed or ended by a library, which nobody else says.
 
     The launcher ends the remaining ranks with SIGTERM, so that code is no news where there is another.
     """
@@ -154,6 +154,8 @@ def _job_exit_code(exit_codes: dict[int, int], ranks: int) -> int:
         if code < 0:
             hint = " (out of memory?)" if -code == signal.SIGKILL else ""
             print_error(f"rank {rank} of {ranks} was ended by {signal.Signals(-code).name}{hint}\n")
+        elif code not in (EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED):
+            print_error(f"rank {rank} of {ranks} ended with exit code {code}\n")
     if EXIT_USER_ERROR in causes.values():
         return EXIT_USER_ERROR
     if set(causes.values()) == {EXIT_STOPPED}:

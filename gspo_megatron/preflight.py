@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from gspo_megatron.config import AlgorithmConfig, SftConfig, TrainConfig
+from gspo_megatron.config import AlgorithmConfig, LogConfig, SftConfig, TaskConfig, TrainConfig
 from gspo_megatron.config_io import dump_config
 from gspo_megatron.errors import UserError
 
 if TYPE_CHECKING:
+    from gspo_megatron.tasks.base import Split, Task
+    from gspo_megatron.tokenizer import Tokenizer
+    from gspo_megatron.types import Prompt
     from gspo_megatron.weights.families import Family, ModelFields
 
 ENGINE_LABELS = {"embedded": "embedded, not SGLang"}
@@ -97,7 +101,7 @@ def check_train(config: TrainConfig, *, folder: bool = True) -> Preflight:
         _describe_packing(config),
         ("folder", config.run.folder),
     ]
-    return Preflight(rows, warnings)
+    return Preflight(rows, [*warnings, *_unread_settings(config)])
 
 
 def check_eval(config: TrainConfig) -> Preflight:
@@ -106,7 +110,9 @@ def check_eval(config: TrainConfig) -> Preflight:
     fields = _check_common(config, problems, folder=False)
     problems.raise_if_any()
     assert fields is not None
-    return Preflight([*_describe_common(config, fields), _describe_eval(config, "")])
+    return Preflight(
+        [*_describe_common(config, fields), _describe_eval(config, "")], _unread_task_settings(config.task)
+    )
 
 
 def check_sft(config: SftConfig, *, folder: bool = True) -> Preflight:
@@ -117,6 +123,11 @@ def check_sft(config: SftConfig, *, folder: bool = True) -> Preflight:
         config.sft.batch_size >= config.parallel.data,
         f"sft.batch_size={config.sft.batch_size} must be at least parallel.data={config.parallel.data}, "
         "one answer for each data-parallel replica",
+    )
+    problems.require(
+        config.sft.target_accuracy is None or config.eval.every > 0,
+        f"sft.target_accuracy={config.sft.target_accuracy} is looked at after evaluations, but eval.every=0 evaluates "
+        "only after the last step; set eval.every, e.g. 10, or leave target_accuracy out",
     )
     problems.raise_if_any()
     assert fields is not None
@@ -130,19 +141,21 @@ def check_sft(config: SftConfig, *, folder: bool = True) -> Preflight:
         _describe_packing(config),
         ("folder", config.run.folder),
     ]
-    return Preflight(rows)
+    return Preflight(rows, _unread_settings(config))
 
 
 def check_inputs(config: TrainConfig | SftConfig) -> Preflight:
-    """Check what only the tokenizer and the task can tell, on the first prompts of each split. After `check_…`.
+    """Check what only the tokenizer and the task can tell: on every row of a file, on the first prompts of each split
+    where they are generated. After `check_…`.
 
     Apart from the other checks because it imports transformers and reads or generates the task's data.
 
     Raises:
-        UserError: no usable tokenizer, a task or data file that can't be used, a prompt longer than the context or
-            than the token budget.
+        UserError: no usable tokenizer, a task or data file that can't be used, text the tokenizer can't encode, a
+            prompt (sft: with its worked answer) longer than the context or than the token budget.
     """
     from gspo_megatron import tasks
+    from gspo_megatron.tasks.base import FiniteTask
     from gspo_megatron.tokenizer import Tokenizer
 
     fields = _read_model(config.model.path)[1]
@@ -153,29 +166,60 @@ def check_inputs(config: TrainConfig | SftConfig) -> Preflight:
             f"model's vocab_size={fields.vocab_size}; give the tokenizer that belongs to the model"
         )
     task = tasks.build(config.task, tokenizer, seed=config.run.seed)
-    splits: dict[Literal["train", "heldout"], int] = {"heldout": config.eval.prompts}
-    if isinstance(config, TrainConfig):
-        splits["train"] = config.rollout.prompts_per_batch
-    else:
-        splits["train"] = config.sft.batch_size
+    first = config.rollout.prompts_per_batch if isinstance(config, TrainConfig) else config.sft.batch_size
     lengths: list[int] = []
+    splits: dict[Split, int] = {"heldout": config.eval.prompts, "train": first}
     for split, wanted in splits.items():
-        prompts = task.prompts(split, 0, min(wanted, _PROMPTS_LOOKED_AT))
-        if not prompts:
+        before = len(lengths)
+        for name, prompt in _look_at(task, split, min(wanted, _PROMPTS_LOOKED_AT)):
+            lengths.append(len(prompt.token_ids))
+            if split == "train" and isinstance(config, SftConfig):
+                answer = _encode_answer(task, tokenizer, name, prompt)
+                check_answer(config, fields.max_position_embeddings, name, len(prompt.token_ids), len(answer))
+            else:
+                _check_prompt(config, fields, name, len(prompt.token_ids))
+        if len(lengths) == before:
             raise UserError(f"task.name={config.task.name}: the {split} split holds no prompts")
-        for prompt in prompts:
-            _check_prompt(config, fields, split, prompt.id, len(prompt.token_ids))
-        lengths += [len(prompt.token_ids) for prompt in prompts]
-    return Preflight(
-        [("prompts", f"{min(lengths)} to {max(lengths)} tokens (the first {len(lengths)} were looked at)")]
-    )
+    looked_at = f"all {len(lengths)}" if isinstance(task, FiniteTask) else f"the first {len(lengths)}"
+    return Preflight([("prompts", f"{min(lengths)} to {max(lengths)} tokens ({looked_at} were looked at)")])
 
 
-def _check_prompt(
-    config: TrainConfig | SftConfig, fields: ModelFields, split: str, prompt_id: int, num_tokens: int
-) -> None:
+def _look_at(task: Task, split: Split, count: int) -> Iterator[tuple[str, Prompt]]:
+    """All prompts of a file, else the first `count`; each with its name for messages."""
+    from gspo_megatron.tasks.base import FiniteTask
+
+    if isinstance(task, FiniteTask):
+        yield from task.rows(split)
+        return
+    for prompt in task.prompts(split, 0, count):
+        yield f"prompt {prompt.id} of the {split} split", prompt
+
+
+def _encode_answer(task: Task, tokenizer: Tokenizer, name: str, prompt: Prompt) -> list[int]:
+    answer = task.answer(prompt)
+    try:
+        return tokenizer.encode_answer(answer)
+    except UserError as error:
+        raise UserError(f"{name}: the worked answer: {error}") from error
+
+
+def check_answer(config: SftConfig, max_positions: int, name: str, prompt_tokens: int, answer_tokens: int) -> None:
+    """Raise UserError unless a prompt and its worked answer fit the model's context and the token budget."""
+    longest = prompt_tokens + answer_tokens
+    what = f"{name} has {prompt_tokens} tokens and its worked answer {answer_tokens}, together {longest}"
+    if longest > max_positions:
+        raise UserError(
+            f"{what}: more than the model's context, max_position_embeddings={max_positions}; "
+            "use shorter prompts and answers, or a model with a longer context"
+        )
+    if longest > config.data.token_budget:
+        raise UserError(
+            f"data.token_budget={config.data.token_budget} is smaller than one sequence: {what}; use at least {longest}"
+        )
+
+
+def _check_prompt(config: TrainConfig | SftConfig, fields: ModelFields, name: str, num_tokens: int) -> None:
     longest = num_tokens + config.rollout.max_response_tokens
-    name = f"prompt {prompt_id} of the {split} split"
     if longest > fields.max_position_embeddings:
         raise UserError(
             f"{name} has {num_tokens} tokens; with rollout.max_response_tokens={config.rollout.max_response_tokens} it "
@@ -222,6 +266,8 @@ def release_run_folder(config: TrainConfig | SftConfig) -> None:
         return
     for name in (CONFIG_FILE, *RECORDS):
         (folder / name).unlink(missing_ok=True)
+    if (folder / "tensorboard").is_dir() and not (folder / "tensorboard").is_symlink():
+        shutil.rmtree(folder / "tensorboard")  # the failed run's own: it started without one
     with contextlib.suppress(OSError):  # it holds something else: leave it
         folder.rmdir()
 
@@ -307,12 +353,6 @@ def _check_supported(config: TrainConfig | SftConfig, problems: _Problems) -> No
     for name in ("context", "virtual_pipeline", "expert_tensor"):
         degree = getattr(parallel, name)
         problems.require(degree == 1, f"parallel.{name}={degree} is not supported yet; use 1")
-    problems.require(
-        config.model.router_aux_loss == 0 or parallel.tensor == 1,
-        f"model.router_aux_loss={config.model.router_aux_loss:g} with parallel.tensor={parallel.tensor} is refused: "
-        "Megatron-Core 0.16.1 computes the load-balancing loss wrongly under tensor and sequence parallelism; "
-        "use parallel.tensor=1 or model.router_aux_loss=0",
-    )
 
 
 def _check_weights(path: str, family: Family, fields: ModelFields) -> None:
@@ -394,18 +434,26 @@ def _check_batch(config: TrainConfig, algorithm: AlgorithmConfig, problems: _Pro
 
 def _check_folder(config: TrainConfig | SftConfig, problems: _Problems) -> None:
     folder = Path(config.run.folder)
+    if folder.is_symlink() and not folder.exists():
+        problems.messages.append(
+            f"run.folder={folder} is a symbolic link to {os.readlink(folder)}, which does not exist; "
+            "make that folder, or give another one"
+        )
+        return
     if folder.exists() and not folder.is_dir():
         problems.messages.append(f"run.folder={folder} is a file; give a folder")
         return
     if folder.exists() and folder.resolve() == Path(config.model.path).resolve():
         problems.messages.append(f"run.folder={folder} is the model's own folder, model.path; give another folder")
         return
-    found = [name for name in (CONFIG_FILE, *RECORDS, *SAVED_FOLDERS) if (folder / name).exists()]
+    found = [name for name in (CONFIG_FILE, *RECORDS, *SAVED_FOLDERS) if os.path.lexists(folder / name)]
     problems.require(
         config.run.overwrite or not found,
         f"run.folder={folder} already holds a run ({', '.join(found)}); give another folder, "
         "or --run.overwrite to replace its files",
     )
+    if config.run.overwrite:
+        _check_removable(folder, problems)
     # What is removed must not be what is read.
     model = Path(config.model.path).resolve()
     problems.require(
@@ -413,6 +461,40 @@ def _check_folder(config: TrainConfig | SftConfig, problems: _Problems) -> None:
         f"model.path={config.model.path} lies in run.folder={folder}, which run.overwrite would replace; "
         "give another run folder",
     )
+
+
+def _check_removable(folder: Path, problems: _Problems) -> None:
+    """Before anything is removed: run.overwrite follows no link to a folder, and takes only what a run makes."""
+    for name in (*RUN_FILES, *SAVED_FOLDERS):
+        path, is_folder = folder / name, name in SAVED_FOLDERS
+        if not os.path.lexists(path) or (path.is_dir() == is_folder and not (is_folder and path.is_symlink())):
+            continue
+        kind = "a symbolic link" if path.is_symlink() else "a folder" if path.is_dir() else "a file"
+        problems.messages.append(
+            f"{path} is {kind}, no {'folder' if is_folder else 'file'} that a run has made, and run.overwrite does not "
+            "remove it; move it away, or give another run folder"
+        )
+
+
+def _unread_settings(config: TrainConfig | SftConfig) -> list[str]:
+    """Settings that were given and will not be read."""
+    optimizer, warnings = config.optimizer, _unread_task_settings(config.task)
+    if optimizer.min_lr > 0 and optimizer.decay == "constant":
+        warnings.append(
+            f'optimizer.min_lr={optimizer.min_lr:g} is not read with optimizer.decay="constant"; '
+            'use "linear" or "cosine", or leave min_lr out'
+        )
+    samples = config.log.samples_per_batch
+    if isinstance(config, SftConfig) and samples != LogConfig().samples_per_batch:
+        warnings.append(f"log.samples_per_batch={samples} is not read by sft, which writes no samples")
+    return warnings
+
+
+def _unread_task_settings(task: TaskConfig) -> list[str]:
+    if task.holdout == TaskConfig(name=task.name).holdout or (task.name == "jsonl" and not task.eval_dataset):
+        return []
+    why = "together with task.eval_dataset" if task.name == "jsonl" else f'by the task "{task.name}"'
+    return [f"task.holdout={task.holdout} is not read {why}; leave it out"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

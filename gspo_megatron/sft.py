@@ -15,6 +15,7 @@ from gspo_megatron.evaluate import EvalResult, evaluate
 from gspo_megatron.job import Job, open_job, sync_weights
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.policy.step import LossFunction
+from gspo_megatron.preflight import check_answer
 from gspo_megatron.recorder import Recorder
 from gspo_megatron.types import MicroBatch, Sequence, StepBatch
 
@@ -28,7 +29,7 @@ def run(config: SftConfig) -> None:
         with Recorder(job, "sft", config.sft.steps, unit="step").open() as recorder:
             for step in range(1, config.sft.steps + 1):
                 start = time.perf_counter()
-                batch = _batch(job, step - 1)
+                batch = _batch(job, step - 1, max_positions=policy.fields.max_position_embeddings)
                 result = policy.train_step(batch, answer_loss(batch.num_global_sequences))
                 loss = sum(job.all_gather(sum(map(float, result.reports)) if job.groups.reports_loss else None))
                 row = {"loss": loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
@@ -56,7 +57,7 @@ def answer_loss(num_sequences: int) -> LossFunction:
     return loss
 
 
-def _batch(job: Job, step: int) -> StepBatch:
+def _batch(job: Job, step: int, *, max_positions: int) -> StepBatch:
     """The step's worked answers, packed."""
     config = job.config
     assert isinstance(config, SftConfig)
@@ -66,6 +67,8 @@ def _batch(job: Job, step: int) -> StepBatch:
         prompts = job.task.prompts("train", step * size, size)
         for i in job.share(size):
             answer = job.tokenizer.encode_answer(job.task.answer(prompts[i]))
+            name = f"training prompt {prompts[i].id}"
+            check_answer(config, max_positions, name, len(prompts[i].token_ids), len(answer))
             token_ids = torch.tensor([*prompts[i].token_ids, *answer])
             mask = torch.arange(len(token_ids)) >= len(prompts[i].token_ids)
             sequences.append(Sequence(i, token_ids, mask, torch.zeros(len(token_ids)), torch.tensor(1.0)))

@@ -138,7 +138,8 @@ class Tokenizer:
 
     def _encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         try:
-            return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+            # verbose: a text longer than the model's context is for the caller to judge, not for a log line.
+            return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
         # tokenizers raises a bare Exception for a character it has no token for.
         except Exception as error:
             known = self._tokenizer.get_vocab()

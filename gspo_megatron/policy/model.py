@@ -74,9 +74,7 @@ class PolicyModel(GPTModel):
         return self.output_layer(hidden_states, labels, temperature=self.temperature, weight=weight)
 
 
-def transformer_config(
-    fields: ModelFields, layout: ParallelLayout, *, dtype: torch.dtype, router_aux_loss: float = 0.0
-) -> TransformerConfig:
+def transformer_config(fields: ModelFields, layout: ParallelLayout, *, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of the model. `calculate_per_token_loss` must be set here, before the
     model and DDP copy it: it makes Megatron divide by nothing, and the loss carries its own 1/N."""
     moe: dict[str, Any] = {}
@@ -88,8 +86,7 @@ def transformer_config(
             "moe_layer_freq": [int(i in fields.moe_layers) for i in range(fields.num_layers)],
             "moe_router_pre_softmax": fields.router_pre_softmax,
             "moe_router_score_function": "softmax",
-            "moe_router_load_balancing_type": "aux_loss" if router_aux_loss > 0 else "none",
-            "moe_aux_loss_coeff": router_aux_loss,
+            "moe_router_load_balancing_type": "none",
             "moe_router_dtype": "fp32",
             "moe_grouped_gemm": False,
         }

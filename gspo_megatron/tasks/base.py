@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from gspo_megatron.types import Prompt
@@ -45,4 +45,17 @@ class Task(Protocol):
 
     def score(self, prompt: Prompt, response_text: str) -> float:
         """The score of a response, before task.reward_threshold."""
+        ...
+
+
+@runtime_checkable
+class FiniteTask(Protocol):
+    """A task whose prompts can all be looked at before a run starts, because there are only so many."""
+
+    def rows(self, split: Split) -> Iterator[tuple[str, Prompt]]:
+        """Every prompt of the split once, with the place a message names, e.g. "train.jsonl:12".
+
+        Raises:
+            UserError: a prompt the tokenizer cannot encode, with its place.
+        """
         ...

@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,14 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]  # "prompt", "answer", "scoring", and whatever else the line holds
 
 
+@dataclass(frozen=True)
+class Line:
+    """A row and where it stands."""
+
+    where: str  # "file:line"
+    row: Row
+
+
 class JsonlTask:
     """Prompts and answers of a file. Prompt.reference is the row, as a dict."""
 
@@ -47,8 +57,8 @@ class JsonlTask:
         self._seed = seed
         self._prompt_text = PromptText(config)
         train, heldout = _split(config)
-        heldout_texts = {self._prompt_text.render(row["prompt"]) for row in heldout}
-        self._train = [row for row in train if self._prompt_text.render(row["prompt"]) not in heldout_texts]
+        heldout_texts = {self._prompt_text.render(line.row["prompt"]) for line in heldout}
+        self._train = [line for line in train if self._prompt_text.render(line.row["prompt"]) not in heldout_texts]
         self._heldout = heldout
         if not self._train:
             raise UserError(
@@ -62,7 +72,7 @@ class JsonlTask:
                 len(train) - len(self._train),
                 len(train),
             )
-        mathematical = any(row["scoring"] == "math" for row in [*self._train, *self._heldout])
+        mathematical = any(line.row["scoring"] == "math" for line in [*self._train, *self._heldout])
         self.isolated: IsolatedReward | None = (
             IsolatedReward("gspo_megatron.tasks.math_answers:score_row") if mathematical else None
         )
@@ -81,8 +91,17 @@ class JsonlTask:
     def prompts(self, split: Split, start: int, count: int) -> list[Prompt]:
         if split == "heldout":
             stop = min(start + count, len(self._heldout))
-            return [self._prompt(position, self._heldout[position]) for position in range(start, stop)]
+            return [self._prompt(position, self._heldout[position].row) for position in range(start, stop)]
         return [self._prompt(position, self._train_row(position)) for position in range(start, start + count)]
+
+    def rows(self, split: Split) -> Iterator[tuple[str, Prompt]]:
+        """Every row of the split in the file's order, with its "file:line"; Prompt.id counts them."""
+        for number, line in enumerate(self._train if split == "train" else self._heldout):
+            try:
+                prompt = self._prompt(number, line.row)
+            except UserError as error:
+                raise UserError(f"{line.where}: {error}") from error
+            yield line.where, prompt
 
     def answer(self, prompt: Prompt) -> str:
         return prompt.reference["answer"]
@@ -96,7 +115,7 @@ class JsonlTask:
 
     def _train_row(self, position: int) -> Row:
         epoch, offset = divmod(position, len(self._train))
-        return self._train[self._epoch_order(epoch)[offset]]
+        return self._train[self._epoch_order(epoch)[offset]].row
 
     def _shuffled(self, epoch: int) -> list[int]:
         order = list(range(len(self._train)))
@@ -104,7 +123,7 @@ class JsonlTask:
         return order
 
 
-def _split(config: TaskConfig) -> tuple[list[Row], list[Row]]:
+def _split(config: TaskConfig) -> tuple[list[Line], list[Line]]:
     """Training rows and held-out rows, before the removal of shared prompts."""
     rows = read_rows(Path(config.dataset), setting="task.dataset")
     if config.eval_dataset:
@@ -118,7 +137,7 @@ def _split(config: TaskConfig) -> tuple[list[Row], list[Row]]:
     return rows[:cut], rows[cut:]
 
 
-def read_rows(path: Path, *, setting: str) -> list[Row]:
+def read_rows(path: Path, *, setting: str) -> list[Line]:
     """The rows of a file; empty lines are skipped.
 
     Raises:
@@ -130,7 +149,8 @@ def read_rows(path: Path, *, setting: str) -> list[Row]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{setting}={str(path)!r} is not UTF-8 ({error}); convert it") from error
-    rows = [_row(line, where=f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    places = ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip())
+    rows = [Line(where, _row(line, where=where)) for where, line in places]
     if not rows:
         raise UserError(f'{setting}={str(path)!r} is empty; it needs lines such as {{"prompt": "2+2=", "answer": "4"}}')
     return rows

@@ -33,6 +33,9 @@ COMPANIONS = (
     "chat_template.jinja",
 )
 
+# Integers and eight-bit floats are quantized weights: without their scales they mean nothing.
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+
 
 class HFCheckpoint:
     """The weights of one folder. Opens files lazily; `read` returns one tensor."""
@@ -73,8 +76,11 @@ class HFCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape from the file's header."""
+        return tuple(self._header(name).get_shape())
+
+    def _header(self, name: str) -> Any:
         try:
-            return tuple(self._file(self.file_of[name]).get_slice(name).get_shape())
+            return self._file(self.file_of[name]).get_slice(name)
         except SafetensorError as error:
             raise UserError(f"{self.folder / self.file_of[name]} lacks {name}: {error}") from None
 
@@ -85,7 +91,7 @@ class HFCheckpoint:
         return tensor
 
     def verify(self, specs: Sequence[TensorSpec]) -> None:
-        """Raise UserError unless the folder holds exactly the tensors of the specs, in their shapes."""
+        """Raise UserError unless the folder holds exactly the tensors of the specs, in their shapes, as numbers."""
         expected = {name: shape for s in specs for name, shape in zip(s.hf, s.hf_shapes, strict=True)}
         # A tied model may be stored with or without its head's copy of the embedding.
         tied = {"lm_head.weight"} if "lm_head.weight" not in expected else set()
@@ -100,6 +106,12 @@ class HFCheckpoint:
             f"{name} is {list(self.shape(name))}, config.json implies {list(shape)}"
             for name, shape in expected.items()
             if self.shape(name) != shape
+        ]
+        stored = {name: self._header(name).get_dtype() for name in expected}
+        wrong += [
+            f"{name} is stored as {dtype}, but weights must be one of {', '.join(_WEIGHT_DTYPES)}"
+            for name, dtype in stored.items()
+            if dtype not in _WEIGHT_DTYPES
         ]
         if wrong:
             raise UserError(

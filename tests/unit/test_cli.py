@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,10 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from gspo_megatron.cli import COMMANDS, main
 from gspo_megatron.config_io import render_reference
 from gspo_megatron.metrics import METRICS
+from gspo_megatron.weights.families import load_fields
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "quickstart" / "model"
@@ -53,7 +57,8 @@ def train(tmp_path: Path, model: Path) -> Path:
 @pytest.fixture
 def sft(train: Path) -> Path:
     path = train.with_name("sft.toml")
-    path.write_text(train.read_text() + "[sft]\nsteps = 2\nbatch_size = 8\n")
+    text = train.read_text().replace("prompts_per_batch = 8\nsamples_per_prompt = 4\n", "")
+    path.write_text(text + "[sft]\nsteps = 2\nbatch_size = 8\n")
     return path
 
 
@@ -176,6 +181,15 @@ def test_a_config_file_is_needed(command: str, capsys: pytest.CaptureFixture[str
         (["--rollout.sample_per_prompt", "4"], 'Did you mean "--rollout.samples_per_prompt"?'),
         (["--rollout.samples_per_prompt", "1"], "a group of one has no advantage; use at least 2"),
         (["--rollout.samples_per_prompt", "four"], "must be an integer"),
+        (["--optimizer.clip_grad", "-1"], "optimizer.clip_grad=-1.0 must be at least 0; 0 switches clipping off"),
+        (["--optimizer.beta1", "1"], "optimizer.beta1=1.0 must be at least 0 and below 1"),
+        (["--optimizer.beta2", "-0.1"], "optimizer.beta2=-0.1 must be at least 0 and below 1"),
+        (["--optimizer.weight_decay", "-0.1"], "optimizer.weight_decay=-0.1 must be at least 0"),
+        (["--run.seed", "-1"], "run.seed=-1 must lie between 0 and 2147483647"),
+        (["--run.seed", "2147483648"], "run.seed=2147483648 must lie between"),
+        (["--log.samples_per_batch", "-1"], "log.samples_per_batch=-1 must be at least 0"),
+        (["--parallel.pipeline", "4"], "parallel.pipeline=4 must divide num_hidden_layers=2; use 1 or 2"),
+        (["--parallel.data", "6", "--parallel.expert", "3"], "parallel.expert=3 must divide num_experts=8; use 1 or 2"),
         (["--parallel.tensor", "3"], "parallel.tensor=3 must divide num_attention_heads=4"),
         (["--parallel.expert", "2"], "must divide tensor×context×data=1"),
         (["--rollout.prompts_per_batch", "6"], "algorithm.mini_batches=4 must divide rollout.prompts_per_batch=6"),
@@ -194,6 +208,125 @@ def test_bad_settings_start_nothing(
     for command in ("train", "check"):
         assert expected in refusal(capsys, command, str(train), *overrides)
         assert not (train.parent / "run").exists()
+
+
+@pytest.fixture
+def old_run(train: Path) -> Path:
+    """The run folder, holding an earlier run."""
+    folder = train.parent / "run"
+    (folder / "final").mkdir(parents=True)
+    for name in ("config.toml", "metrics.jsonl", "final/model.safetensors"):
+        (folder / name).write_text(f"old {name}")
+    return folder
+
+
+def assert_untouched(folder: Path) -> None:
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    assert [str(p.relative_to(folder)) for p in files] == ["config.toml", "final/model.safetensors", "metrics.jsonl"]
+    assert all(p.read_text() == f"old {p.relative_to(folder)}" for p in files)
+
+
+OVERWRITE = ["--run.overwrite"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("samples_per_prompt = 4", 'samples_per_prompt = "4"', "rollout.samples_per_prompt='4' must be an integer"),
+        ("samples_per_prompt = 4", "samples_per_prompt = 4.0", "rollout.samples_per_prompt=4.0 must be an integer"),
+        ("samples_per_prompt = 4", "samples_per_prompt = 1", "a group of one has no advantage; use at least 2"),
+        ('init = "random"', 'init = "randm"', 'Did you mean "random"?'),
+        ("samples_per_prompt", "sample_per_prompt", 'unknown key "sample_per_prompt" in section [rollout]. Did you'),
+        ("[rollout]", "[rolout]", "unknown section [rolout]"),
+        ("token_budget = 512", "token_budget = 8", "data.token_budget=8 is smaller than one sequence"),
+        ("prompts_per_batch = 8", "prompts_per_batch = 6", "must divide rollout.prompts_per_batch=6"),
+    ],
+)
+def test_mistakes_in_the_file_itself(
+    train: Path, old_run: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, expected: str
+) -> None:
+    text = train.read_text()
+    assert text.count(old) == 1
+    train.write_text(text.replace(old, new))
+    assert expected in refusal(capsys, "train", str(train), *OVERWRITE)
+    assert_untouched(old_run)
+
+
+def test_what_only_train_reads_is_refused_by_sft(sft: Path, old_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, "sft", str(sft), *OVERWRITE, "--rollout.truncated", "mask")
+    assert 'unknown option "--rollout.truncated". Only `train` reads it; remove it.' in message
+    sft.write_text(sft.read_text().replace("[rollout]", "[rollout]\ntemperature = 0.5"))
+    message = refusal(capsys, "sft", str(sft), *OVERWRITE)
+    assert 'unknown key "temperature" in section [rollout].' in message
+    assert_untouched(old_run)
+
+
+def test_a_target_that_is_never_looked_at(sft: Path, old_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, "sft", str(sft), *OVERWRITE, "--sft.target_accuracy", "0.5")
+    assert "sft.target_accuracy=0.5" in message and "eval.every=0" in message
+    assert_untouched(old_run)
+
+
+def test_tensors_that_do_not_fit_the_model(
+    train: Path, old_run: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family, fields = load_fields(model)
+    pairs = [pair for s in family.specs(fields) for pair in zip(s.hf, s.hf_shapes, strict=True)]
+    whole = {name: torch.zeros(shape) for name, shape in pairs}
+    norm = "model.norm.weight"
+    cases = [
+        ({k: v for k, v in whole.items() if k != norm}, f"missing 1 ({norm})"),
+        (whole | {"model.more.weight": torch.zeros(2)}, "unexpected 1 (model.more.weight)"),
+        (whole | {norm: torch.zeros(7)}, f"{norm} is [7], config.json implies [128]"),
+        (whole | {norm: torch.zeros(128, dtype=torch.int32)}, f"{norm} is stored as I32"),
+    ]
+    for tensors, expected in cases:
+        save_file(tensors, model / "model.safetensors")
+        message = refusal(capsys, "train", str(train), *OVERWRITE, "--model.init", "weights")
+        assert expected in message and str(model) in message
+    assert_untouched(old_run)
+
+
+def test_models_that_are_not_supported(
+    train: Path, old_run: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = model / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"model_type": "qwen3_mo"}))
+    message = refusal(capsys, "train", str(train), *OVERWRITE)
+    assert 'model_type "qwen3_mo" is not supported' in message and 'Did you mean "qwen3_moe"?' in message
+    path.write_text(json.dumps(content | {"num_experts_per_tok": 1, "norm_topk_prob": True}))
+    assert "num_experts_per_tok=1 with norm_topk_prob=true" in refusal(capsys, "train", str(train), *OVERWRITE)
+    assert_untouched(old_run)
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_a_late_row_that_cannot_be_used(
+    command: str, train: Path, sft: Path, old_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = train.parent / "rows.jsonl"
+    config = str(sft if command == "sft" else train)
+    arguments = [
+        command,
+        config,
+        *OVERWRITE,
+        "--task.name",
+        "jsonl",
+        "--task.dataset",
+        str(data),
+        "--task.holdout",
+        "8",
+    ]
+    rows = [{"prompt": chr(97 + i % 26) + chr(97 + i // 26), "answer": "ba"} for i in range(120)]
+    for bad, expected in [
+        ({"prompt": "a" * 300, "answer": "ba"}, "max_position_embeddings=256"),
+        ({"prompt": "語", "answer": "ba"}, "characters that are no token: ['語']"),
+    ]:
+        rows[100] = bad
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        message = refusal(capsys, *arguments)
+        assert message.startswith(f"error: {data}:101") and expected in message
+    assert_untouched(old_run)
 
 
 def test_malformed_files(train: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path) -> None:
@@ -274,6 +407,18 @@ def test_more_ranks_than_the_layout_needs(train: Path) -> None:
         "start 1 rank, or set parallel.data=8\n"
     )
     assert not (train.parent / "run").exists()
+
+
+def test_fewer_ranks_than_the_layout_needs(train: Path, old_run: Path) -> None:
+    """As one rank of two, without a launcher."""
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = run("train", str(train), *OVERWRITE, "--parallel.data", "4", **environment)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: 2 ranks were started but parallel needs tensor×context×pipeline×data = 1×1×1×4 = 4; "
+        "start 4 ranks, or set parallel.data=2\n"
+    )
+    assert_untouched(old_run)
 
 
 def test_fewer_ranks_than_the_layout_needs_under_torchrun(train: Path) -> None:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo_megatron.evaluate import EvalResult, summarize
+from gspo_megatron.config import EvalConfig, ModelConfig, RolloutConfig, RunConfig, TaskConfig, TrainConfig
+from gspo_megatron.evaluate import EvalResult, evaluate, summarize
+from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.job import Job
+from gspo_megatron.parallel import ParallelLayout
+from gspo_megatron.rollout.engine import SamplingParams
+from gspo_megatron.types import Group, Prompt, Rollout, ScoreReport
 
 scores = st.sampled_from([0.0, 0.5, 0.99, 1.0])
 maybe_scores = st.one_of(scores, st.none())
@@ -87,3 +97,79 @@ def test_the_line_for_people_names_what_was_not_scored() -> None:
     text = str(EvalResult(0.5, 0.1, {1: 0.5, 2: 0.75}, 32, 2, 3))
     assert text == "held-out avg@2 0.500 ± 0.100 (95 %), pass@1 0.500, pass@2 0.750, 32 prompts, 3 not scored"
     assert "not scored" not in str(EvalResult(0.5, 0.1, {1: 0.5}, 32, 1, 0))
+
+
+class MarkedTask:
+    """Prompts that say which split they are of."""
+
+    def __init__(self) -> None:
+        self.splits: list[str] = []
+
+    def prompts(self, split: str, start: int, count: int) -> list[Prompt]:
+        self.splits.append(split)
+        return [Prompt(i, f"{split} {i}", [i], None) for i in range(start, start + count)]
+
+
+class RecordingEngine:
+    """Answers every prompt with one token, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[str], SamplingParams]] = []
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Group]:
+        self.asked.append(([p.text for p in prompts], params))
+        answer = torch.tensor([0, 1])
+        rollout = Rollout(0, answer, answer == 1, torch.zeros(2), torch.tensor([-1, 0]), "stop")
+        return [Group(p, [rollout] * params.num_samples) for p in prompts]
+
+
+class EvenScorer:
+    """Rewards the prompts with an even number."""
+
+    def score(self, groups: list[Group]) -> tuple[list[Group], ScoreReport]:
+        scored = [
+            replace(g, rollouts=[replace(r, reward=float(g.prompt.id % 2 == 0)) for r in g.rollouts]) for g in groups
+        ]
+        return scored, ScoreReport(num_scored=sum(len(g.rollouts) for g in groups))
+
+
+class StopAtNine:
+    stop_token_ids = (9,)
+
+
+class ReplicaJob(Job):
+    """A replica whose records meet those of the replicas that ran before it."""
+
+    records: list[Any]
+
+    def all_gather(self, record: Any) -> list[Any]:
+        self.records.append(record)
+        return list(self.records)
+
+
+def test_evaluation_samples_the_heldout_split_as_eval_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(
+        run=RunConfig(folder="unused"),
+        model=ModelConfig(path="unused"),
+        task=TaskConfig(name="unused"),
+        rollout=RolloutConfig(prompts_per_batch=6, samples_per_prompt=2, temperature=0.9, max_response_tokens=7),
+        eval=EvalConfig(prompts=5, samples=3, temperature=0.5),
+    )
+    monkeypatch.setattr(ReplicaJob, "records", [], raising=False)
+    task, engines, results = MarkedTask(), [RecordingEngine(), RecordingEngine()], []
+    for rank, engine in enumerate(engines):
+        group: Any = None  # evaluation communicates through the job alone
+        groups = ProcessGroups(ParallelLayout(data=2), rank, *[group] * 10)
+        parts: Any = (StopAtNine(), task, EvenScorer(), engine)
+        results.append(evaluate(ReplicaJob(config, groups, *parts, torch.device("cpu"))))
+
+    assert set(task.splits) == {"heldout"}
+    [(first, first_params)], [(second, second_params)] = engines[0].asked, engines[1].asked
+    assert first and second and not set(first) & set(second)
+    assert sorted(first + second) == [f"heldout {i}" for i in range(5)]
+    for params in (first_params, second_params):
+        assert (params.temperature, params.num_samples, params.max_response_tokens) == (0.5, 3, 7)
+        assert params.stop_token_ids == (9,)
+    assert first_params.seed != second_params.seed, "replicas draw their own samples"
+    assert results[1].mean == pytest.approx(3 / 5)
+    assert (results[1].num_prompts, results[1].num_samples, results[1].num_failed) == (5, 3, 0)

@@ -277,6 +277,14 @@ def test_the_exit_code_of_a_job(exit_codes: dict[int, int], expected: int) -> No
     assert launch._job_exit_code(exit_codes, 2) == expected
 
 
+def test_an_exit_code_that_nobody_explains_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch._job_exit_code({0: -15, 1: 3}, 2) == 1
+    assert capsys.readouterr().err == "rank 1 of 2 ended with exit code 3\n"
+    for code in (1, 2, 75):  # the rank itself has said why
+        launch._job_exit_code({1: code}, 2)
+    assert capsys.readouterr().err == ""
+
+
 def test_the_single_rank_environment_is_taken_back(rank_environment: SetEnvironment) -> None:
     rank_environment()
     with launch.single_rank_environment():

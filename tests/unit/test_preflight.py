@@ -127,6 +127,7 @@ def test_warnings_come_with_the_reason(config: TrainConfig) -> None:
 
 
 def test_description_of_a_cold_start(config: TrainConfig) -> None:
+    config = changed(config, "eval", every=10)
     text = preflight.check_sft(sft(config, steps=50, batch_size=12, target_accuracy=0.5)).describe()
     assert "12 worked answers a step" in text and "50 optimizer steps, or held-out accuracy 0.5" in text
 
@@ -171,6 +172,7 @@ def test_unknown_model_type_names_the_nearest(config: TrainConfig, model: Path) 
         ({"rope_parameters": 3}, "config.json holds a value of a wrong type"),
         ({"vocab_size": 100.5}, "vocab_size=100.5 must be a positive integer"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 must lie between 1 and num_experts=8"),
+        ({"num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok=1 with norm_topk_prob=true"),
     ],
 )
 def test_impossible_numbers(config: TrainConfig, model: Path, values: dict[str, Any], expected: str) -> None:
@@ -197,6 +199,9 @@ def test_tensors_that_do_not_match_the_config(config: TrainConfig, model: Path) 
     del tensors["model.extra.weight"]
     save_file(tensors, path)
     assert "model.norm.weight is [7], config.json implies [128]" in refusal(config)
+    tensors["model.norm.weight"] = torch.zeros(128, dtype=torch.int8)
+    save_file(tensors, path)
+    assert "model.norm.weight is stored as I8, but weights must be one of F64, F32, F16, BF16" in refusal(config)
 
 
 # -- sizes --
@@ -232,13 +237,6 @@ def test_dense_layers_are_split_by_tensor_too(config: TrainConfig, model: Path) 
     assert "parallel.expert=2, but the model has no experts" in message
 
 
-def test_router_loss_under_tensor_parallelism(config: TrainConfig) -> None:
-    config = changed(config, "model", router_aux_loss=0.01)
-    assert preflight.check_train(config)
-    message = refusal(changed(config, "parallel", tensor=2))
-    assert "model.router_aux_loss=0.01 with parallel.tensor=2 is refused" in message and "Megatron-Core" in message
-
-
 @pytest.mark.parametrize(
     ("section", "values", "expected"),
     [
@@ -268,6 +266,31 @@ def test_cold_start_needs_an_answer_for_each_replica(config: TrainConfig) -> Non
     assert "sft.batch_size=3 must be at least parallel.data=4" in refusal(sft(config, batch_size=3))
 
 
+def test_a_target_accuracy_needs_evaluations(config: TrainConfig) -> None:
+    message = refusal(sft(config, target_accuracy=0.5))
+    assert "sft.target_accuracy=0.5" in message and "eval.every=0" in message
+    assert preflight.check_sft(sft(changed(config, "eval", every=10), target_accuracy=0.5))
+
+
+def test_settings_that_are_not_read_are_named(config: TrainConfig) -> None:
+    checked = preflight.check_train(changed(config, "optimizer", min_lr=1e-7))
+    assert [w.split(" is not read")[0] for w in checked.warnings] == ["optimizer.min_lr=1e-07"]
+    assert preflight.check_train(changed(config, "optimizer", min_lr=1e-7, decay="linear")).warnings == []
+
+    holdout = changed(config, "task", holdout=7)
+    for checked in (preflight.check_train(holdout), preflight.check_eval(holdout), preflight.check_sft(sft(holdout))):
+        assert checked.warnings == ['task.holdout=7 is not read by the task "reasoning_gym"; leave it out']
+    jsonl = changed(holdout, "task", name="jsonl", dataset="a.jsonl")
+    assert preflight.check_train(jsonl).warnings == []
+    [warning] = preflight.check_train(changed(jsonl, "task", eval_dataset="b.jsonl")).warnings
+    assert "task.holdout=7 is not read together with task.eval_dataset" in warning
+
+    samples = changed(config, "log", samples_per_batch=2)
+    assert preflight.check_train(samples).warnings == []
+    [warning] = preflight.check_sft(dataclasses.replace(sft(config), log=samples.log)).warnings
+    assert "log.samples_per_batch=2 is not read by sft" in warning
+
+
 def test_everything_that_is_wrong_is_said_at_once(config: TrainConfig) -> None:
     config = changed(config, "rollout", prompts_per_batch=30)
     message = refusal(dataclasses.replace(config, parallel=ParallelConfig(tensor=4, pipeline=4)))
@@ -292,6 +315,43 @@ def test_a_prompt_longer_than_the_context(config: TrainConfig, tmp_path: Path) -
     message = input_refusal(config)
     assert "tokens; with rollout.max_response_tokens=32 it exceeds the model's context" in message
     assert "max_position_embeddings=256" in message
+
+
+def jsonl(config: TrainConfig, path: Path, rows: list[tuple[str, str]], **settings: Any) -> TrainConfig:
+    path.write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in rows))
+    return dataclasses.replace(config, task=TaskConfig(name="jsonl", dataset=str(path), **settings))
+
+
+@pytest.mark.parametrize("place", [100, 149])  # a training row and, the last, a held-out one
+def test_every_row_of_a_file_is_looked_at(config: TrainConfig, tmp_path: Path, place: int) -> None:
+    path = tmp_path / "train.jsonl"
+    rows = [(f"spell {'abcdefghij'[i % 10]}{'k' * (i // 10)}", "ba") for i in range(150)]
+    assert "all 150 were looked at" in preflight.check_inputs(jsonl(config, path, rows, holdout=5)).describe()
+    long = rows[:place] + [("ab" * 120, "ba")] + rows[place + 1 :]
+    message = input_refusal(jsonl(config, path, long, holdout=5))
+    assert message.startswith(f"{path}:{place + 1} has ") and "max_position_embeddings=256" in message
+    assert "use shorter prompts or fewer response tokens" in message
+    foreign = rows[:place] + [("spell 語", "ba")] + rows[place + 1 :]
+    message = input_refusal(jsonl(config, path, foreign, holdout=5))
+    assert message.startswith(f"{path}:{place + 1}: ") and "['語']" in message
+
+
+def test_worked_answers_must_fit_and_be_encodable(config: TrainConfig, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    rows = [("spell ab", "ba")] * 80
+    long = jsonl(config, path, [("spell a", "a"), *rows[:70], ("spell b", "ab" * 130), *rows], eval_dataset="")
+    long = changed(long, "task", holdout=1, eval_dataset=str(tmp_path / "eval.jsonl"))
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": "spell c", "answer": "c"}) + "\n")
+    assert preflight.check_inputs(long)  # train never reads the answers
+    message = input_refusal(sft(long))
+    assert message.startswith(f"{path}:72 has ") and "its worked answer 261" in message
+    assert "max_position_embeddings=256" in message
+    (path).write_text(path.read_text().replace("ab" * 130, "ab" * 60))
+    message = input_refusal(sft(changed(long, "data", token_budget=100)))
+    assert "data.token_budget=100 is smaller than one sequence" in message and "use at least" in message
+    assert preflight.check_inputs(sft(long))
+    (path).write_text(path.read_text().replace("ab" * 60, "語"))
+    assert input_refusal(sft(long)).startswith(f"{path}:72: the worked answer: ")
 
 
 def test_a_prompt_and_response_longer_than_the_token_budget(config: TrainConfig) -> None:
@@ -374,9 +434,38 @@ def test_run_folders_that_cannot_be(config: TrainConfig, model: Path, tmp_path: 
         preflight.prepare_run_folder(changed(config, "run", folder=str(tmp_path / "file" / "below")))
 
 
+@pytest.mark.parametrize("name", ["final", "tensorboard"])
+def test_overwrite_is_refused_before_anything_is_removed(config: TrainConfig, tmp_path: Path, name: str) -> None:
+    folder = preflight.prepare_run_folder(config)
+    (folder / "metrics.jsonl").write_text("old")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_text("kept")
+    before = snapshot(folder)
+    config = changed(config, "run", overwrite=True)
+    for target in (tmp_path / "elsewhere", tmp_path / "nowhere"):
+        (folder / name).symlink_to(target)
+        with pytest.raises(UserError, match=f"{name} is a symbolic link.* move it away"):
+            preflight.prepare_run_folder(config)
+        (folder / name).unlink()
+    assert snapshot(folder) == before and (tmp_path / "elsewhere" / "kept").exists()
+    (folder / name).write_text("file")
+    assert f"{name} is a file, no folder that a run has made" in refusal(config)
+    (folder / name).unlink()
+    (folder / "report.html").mkdir()
+    assert "report.html is a folder, no file that a run has made" in refusal(config)
+
+
+def test_a_run_folder_that_is_a_dangling_link(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    message = refusal(changed(config, "run", folder=str(tmp_path / "link")))
+    assert f"is a symbolic link to {tmp_path / 'nowhere'}, which does not exist; make that folder" in message
+
+
 def test_a_refused_start_frees_the_folder(config: TrainConfig) -> None:
     folder = preflight.prepare_run_folder(config)
     (folder / "metrics.jsonl").touch()
+    (folder / "tensorboard").mkdir()
+    (folder / "tensorboard" / "events").write_text("x")
     preflight.release_run_folder(config)
     assert not folder.exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from gspo_megatron.errors import UserError
 from gspo_megatron.weights.families import qwen3
 from gspo_megatron.weights.families.base import (
     ConfigReader,
@@ -22,6 +23,11 @@ def fields(config: dict[str, Any]) -> ModelFields:
     read = ConfigReader(config)
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     moe_layers = tuple(i for i in range(read("num_hidden_layers")) if i not in dense and (i + 1) % step == 0)
+    if read("num_experts_per_tok") == 1 and read("norm_topk_prob"):
+        raise UserError(
+            "config.json: num_experts_per_tok=1 with norm_topk_prob=true is not supported: the one expert's weight "
+            "would always be 1 and its router never trained; use norm_topk_prob=false or more experts a token"
+        )
     return replace(
         qwen3.fields(config),
         # Left out, it is not the dense family's constant.
