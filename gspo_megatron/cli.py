@@ -97,20 +97,20 @@ class _RankedCommand:
 
     def _prepare(self, config: TrainConfig | SftConfig) -> None:
         """Refuse what can't work, say what will be done, make the run folder."""
-        from gspo_megatron import preflight
+        from gspo_megatron import preflight, run_folder
 
         checked = _check(config) if self.writes_run_folder else preflight.check_eval(_train(config))
         inputs = preflight.check_inputs(config)
         print(checked.describe(), inputs.describe(), sep="\n", flush=True)
         if self.writes_run_folder:
-            preflight.prepare_run_folder(config)
+            run_folder.prepare(config)
 
     def _release(self, config: TrainConfig | SftConfig) -> None:
         """After a failure: a run without a single record doesn't occupy its folder."""
-        from gspo_megatron import preflight
+        from gspo_megatron import run_folder
 
         if self.writes_run_folder:
-            preflight.release_run_folder(config)
+            run_folder.release(config)
 
     def _work(self, config: TrainConfig | SftConfig) -> None:
         import importlib

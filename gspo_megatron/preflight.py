@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import gcd
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gspo_megatron import run_folder
 from gspo_megatron.config import AlgorithmConfig, LogConfig, SftConfig, TaskConfig, TrainConfig
-from gspo_megatron.config_io import dump_config
 from gspo_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,11 +24,6 @@ if TYPE_CHECKING:
     from gspo_megatron.weights.families import Family, ModelFields
 
 ENGINE_LABELS = {"embedded": "embedded, not SGLang"}
-
-CONFIG_FILE = "config.toml"
-RECORDS = ("metrics.jsonl", "samples.jsonl")
-SAVED_FOLDERS = ("final", "tensorboard")
-RUN_FILES = (CONFIG_FILE, *RECORDS, "report.html", "report.png")
 
 _PROMPTS_LOOKED_AT = 64  # of each split
 
@@ -85,12 +77,15 @@ def check_train(config: TrainConfig, *, folder: bool = True) -> Preflight:
     Raises:
         UserError: everything that is wrong, each with the value and the remedy.
     """
+    from gspo_megatron import algorithms
+
     problems = _Problems()
     fields = _check_common(config, problems, folder=folder)
     algorithm = config.algorithm
     warnings: list[str] = []
     with problems.collect():
-        algorithm, warnings = _resolve_algorithm(config)
+        algorithm = algorithms.resolve(config.algorithm)
+        warnings = algorithms.warnings(config.algorithm, algorithms.build(config.algorithm))
         _check_batch(config, algorithm, problems)
     problems.raise_if_any()
     assert fields is not None
@@ -234,67 +229,9 @@ def _check_prompt(config: TrainConfig | SftConfig, fields: ModelFields, name: st
         )
 
 
-def prepare_run_folder(config: TrainConfig | SftConfig) -> Path:
-    """Make the run folder and write the resolved config into it; returns its path.
-
-    Under `run.overwrite` the records, the report and the saved weights of an earlier run are removed.
-
-    Raises:
-        UserError: the folder holds another run, or can't be written.
-    """
-    problems = _Problems()
-    _check_folder(config, problems)
-    problems.raise_if_any()
-    folder = Path(config.run.folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
-            (folder / name).unlink(missing_ok=True)
-        for name in SAVED_FOLDERS:
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
-        (folder / CONFIG_FILE).write_text(dump_config(resolve(config)), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"run.folder={folder} cannot be written: {error}") from None
-    return folder
-
-
-def release_run_folder(config: TrainConfig | SftConfig) -> None:
-    """Take back `prepare_run_folder` after a run that failed before its first record: the folder is free again."""
-    folder = Path(config.run.folder)
-    if any((folder / name).exists() and (folder / name).stat().st_size for name in RECORDS):
-        return
-    for name in (CONFIG_FILE, *RECORDS):
-        (folder / name).unlink(missing_ok=True)
-    if (folder / "tensorboard").is_dir() and not (folder / "tensorboard").is_symlink():
-        shutil.rmtree(folder / "tensorboard")  # the failed run's own: it started without one
-    with contextlib.suppress(OSError):  # it holds something else: leave it
-        folder.rmdir()
-
-
-def resolve(config: TrainConfig | SftConfig) -> TrainConfig | SftConfig:
-    """The config with the algorithm's defaults written out: what the run really uses."""
-    if isinstance(config, SftConfig):
-        return config
-    return dataclasses.replace(config, algorithm=_resolve_algorithm(config)[0])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _resolve_algorithm(config: TrainConfig) -> tuple[AlgorithmConfig, list[str]]:
-    """The [algorithm] section with the algorithm's own values for what was left unset, and its warnings."""
-    from gspo_megatron import algorithms
-
-    algorithm = algorithms.build(config.algorithm)
-    resolved = {
-        name: getattr(algorithm, name)
-        for name in (f.name for f in dataclasses.fields(AlgorithmConfig))
-        if getattr(config.algorithm, name) is None and getattr(algorithm, name, None) is not None
-    }
-    return dataclasses.replace(config.algorithm, **resolved), list(algorithms.warnings(config.algorithm, algorithm))
 
 
 def _check_common(config: TrainConfig | SftConfig, problems: _Problems, *, folder: bool) -> ModelFields | None:
@@ -315,7 +252,7 @@ def _check_common(config: TrainConfig | SftConfig, problems: _Problems, *, folde
         "each data-parallel replica evaluates its own share",
     )
     if folder:
-        _check_folder(config, problems)
+        problems.messages += run_folder.problems(config)
     return fields
 
 
@@ -430,50 +367,6 @@ def _check_batch(config: TrainConfig, algorithm: AlgorithmConfig, problems: _Pro
         f"rollout.prompts_per_batch={prompts} must be at least parallel.data={config.parallel.data}: "
         "each data-parallel replica generates its own prompts",
     )
-
-
-def _check_folder(config: TrainConfig | SftConfig, problems: _Problems) -> None:
-    folder = Path(config.run.folder)
-    if folder.is_symlink() and not folder.exists():
-        problems.messages.append(
-            f"run.folder={folder} is a symbolic link to {os.readlink(folder)}, which does not exist; "
-            "make that folder, or give another one"
-        )
-        return
-    if folder.exists() and not folder.is_dir():
-        problems.messages.append(f"run.folder={folder} is a file; give a folder")
-        return
-    if folder.exists() and folder.resolve() == Path(config.model.path).resolve():
-        problems.messages.append(f"run.folder={folder} is the model's own folder, model.path; give another folder")
-        return
-    found = [name for name in (CONFIG_FILE, *RECORDS, *SAVED_FOLDERS) if os.path.lexists(folder / name)]
-    problems.require(
-        config.run.overwrite or not found,
-        f"run.folder={folder} already holds a run ({', '.join(found)}); give another folder, "
-        "or --run.overwrite to replace its files",
-    )
-    if config.run.overwrite:
-        _check_removable(folder, problems)
-    # What is removed must not be what is read.
-    model = Path(config.model.path).resolve()
-    problems.require(
-        not (config.run.overwrite and any(model.is_relative_to((folder / name).resolve()) for name in SAVED_FOLDERS)),
-        f"model.path={config.model.path} lies in run.folder={folder}, which run.overwrite would replace; "
-        "give another run folder",
-    )
-
-
-def _check_removable(folder: Path, problems: _Problems) -> None:
-    """Before anything is removed: run.overwrite follows no link to a folder, and takes only what a run makes."""
-    for name in (*RUN_FILES, *SAVED_FOLDERS):
-        path, is_folder = folder / name, name in SAVED_FOLDERS
-        if not os.path.lexists(path) or (path.is_dir() == is_folder and not (is_folder and path.is_symlink())):
-            continue
-        kind = "a symbolic link" if path.is_symlink() else "a folder" if path.is_dir() else "a file"
-        problems.messages.append(
-            f"{path} is {kind}, no {'folder' if is_folder else 'file'} that a run has made, and run.overwrite does not "
-            "remove it; move it away, or give another run folder"
-        )
 
 
 def _unread_settings(config: TrainConfig | SftConfig) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Final
 
@@ -15,7 +15,7 @@ from gspo_megatron.algorithms.total_loss import Objective, objective
 from gspo_megatron.config import AlgorithmConfig
 from gspo_megatron.errors import UserError, nearest
 
-__all__ = ["ALGORITHMS", "Algorithm", "Mismatch", "Objective", "build", "objective", "warnings"]
+__all__ = ["ALGORITHMS", "Algorithm", "Mismatch", "Objective", "build", "objective", "resolve", "warnings"]
 
 ALGORITHMS: Final = MappingProxyType(
     {
@@ -44,6 +44,13 @@ def build(config: AlgorithmConfig) -> Algorithm:
     if _unusual_clips(algorithm) and not config.allow_unusual_clip:
         raise UserError(_unusual_clip_message(algorithm) + " Set algorithm.allow_unusual_clip=true to run it anyway.")
     return algorithm
+
+
+def resolve(config: AlgorithmConfig) -> AlgorithmConfig:
+    """The config with the algorithm's own values for what was left unset. Raises UserError like `build`."""
+    algorithm = build(config)
+    unset = [f.name for f in fields(AlgorithmConfig) if getattr(config, f.name) is None]
+    return replace(config, **{name: getattr(algorithm, name) for name in unset})
 
 
 def warnings(config: AlgorithmConfig, algorithm: Algorithm) -> list[str]:

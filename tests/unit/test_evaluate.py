@@ -160,8 +160,10 @@ def test_evaluation_samples_the_heldout_split_as_eval_says(monkeypatch: pytest.M
     for rank, engine in enumerate(engines):
         group: Any = None  # evaluation communicates through the job alone
         groups = ProcessGroups(ParallelLayout(data=2), rank, *[group] * 10)
-        parts: Any = (StopAtNine(), task, EvenScorer(), engine)
-        results.append(evaluate(ReplicaJob(config, groups, *parts, torch.device("cpu"))))
+        tokenizer: Any = StopAtNine()
+        fakes: dict[str, Any] = {"task": task, "scorer": EvenScorer(), "engine": engine}
+        job = ReplicaJob(config=config, groups=groups, tokenizer=tokenizer, device=torch.device("cpu"), **fakes)
+        results.append(evaluate(job))
 
     assert set(task.splits) == {"heldout"}
     [(first, first_params)], [(second, second_params)] = engines[0].asked, engines[1].asked

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gspo_megatron import preflight
+from gspo_megatron import preflight, run_folder
 from gspo_megatron.config import (
     AlgorithmConfig,
     DataConfig,
@@ -133,7 +133,7 @@ def test_description_of_a_cold_start(config: TrainConfig) -> None:
 
 
 def test_evaluation_does_not_mind_the_run_folder(config: TrainConfig) -> None:
-    preflight.prepare_run_folder(config)
+    run_folder.prepare(config)
     assert "32 held-out prompts × 1 sample" in preflight.check_eval(config).describe()
 
 
@@ -383,13 +383,13 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_resolved_config_is_written(config: TrainConfig) -> None:
-    folder = preflight.prepare_run_folder(config)
+    folder = run_folder.prepare(config)
     assert folder == Path(config.run.folder)
     written = load_config(TrainConfig, folder / "config.toml")
     assert (written.algorithm.clip_low, written.algorithm.clip_high, written.algorithm.mini_batches) == (3e-4, 4e-4, 4)
     assert dataclasses.replace(written, algorithm=AlgorithmConfig()) == config
     # It can be run again as it is.
-    assert preflight.resolve(written) == written
+    assert run_folder.resolve(written) == written
     assert preflight.check_train(written, folder=False).warnings == []
 
 
@@ -399,18 +399,18 @@ def test_a_folder_that_holds_a_run_is_left_alone(config: TrainConfig, existing: 
     (folder / existing).parent.mkdir(parents=True)
     (folder / existing).write_text("old")
     before = snapshot(folder)
-    for attempt in (preflight.check_train, preflight.prepare_run_folder):
+    for attempt in (preflight.check_train, run_folder.prepare):
         with pytest.raises(UserError, match=r"already holds a run .* --run.overwrite"):
             attempt(config)
     assert snapshot(folder) == before
 
 
 def test_overwrite_replaces_the_run_and_nothing_else(config: TrainConfig) -> None:
-    folder = preflight.prepare_run_folder(config)
+    folder = run_folder.prepare(config)
     for name in ("metrics.jsonl", "samples.jsonl", "report.png", "final/model.safetensors", "notes.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("old")
-    preflight.prepare_run_folder(changed(config, "run", overwrite=True, seed=5))
+    run_folder.prepare(changed(config, "run", overwrite=True, seed=5))
     assert sorted(snapshot(folder)) == ["config.toml", "notes.txt"]
     assert load_config(TrainConfig, folder / "config.toml").run.seed == 5
 
@@ -422,7 +422,7 @@ def test_overwrite_never_removes_the_weights_it_starts_from(config: TrainConfig,
     config = changed(changed(config, "run", overwrite=True), "model", path=str(folder / "final"))
     assert "which run.overwrite would replace" in refusal(config)
     with pytest.raises(UserError):
-        preflight.prepare_run_folder(config)
+        run_folder.prepare(config)
     assert snapshot(folder) == before
 
 
@@ -431,12 +431,12 @@ def test_run_folders_that_cannot_be(config: TrainConfig, model: Path, tmp_path: 
     assert "is a file" in refusal(changed(config, "run", folder=str(tmp_path / "file")))
     assert "model's own folder" in refusal(changed(config, "run", folder=str(model)))
     with pytest.raises(UserError, match="cannot be written"):
-        preflight.prepare_run_folder(changed(config, "run", folder=str(tmp_path / "file" / "below")))
+        run_folder.prepare(changed(config, "run", folder=str(tmp_path / "file" / "below")))
 
 
 @pytest.mark.parametrize("name", ["final", "tensorboard"])
 def test_overwrite_is_refused_before_anything_is_removed(config: TrainConfig, tmp_path: Path, name: str) -> None:
-    folder = preflight.prepare_run_folder(config)
+    folder = run_folder.prepare(config)
     (folder / "metrics.jsonl").write_text("old")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").write_text("kept")
@@ -445,7 +445,7 @@ def test_overwrite_is_refused_before_anything_is_removed(config: TrainConfig, tm
     for target in (tmp_path / "elsewhere", tmp_path / "nowhere"):
         (folder / name).symlink_to(target)
         with pytest.raises(UserError, match=f"{name} is a symbolic link.* move it away"):
-            preflight.prepare_run_folder(config)
+            run_folder.prepare(config)
         (folder / name).unlink()
     assert snapshot(folder) == before and (tmp_path / "elsewhere" / "kept").exists()
     (folder / name).write_text("file")
@@ -462,17 +462,17 @@ def test_a_run_folder_that_is_a_dangling_link(config: TrainConfig, tmp_path: Pat
 
 
 def test_a_refused_start_frees_the_folder(config: TrainConfig) -> None:
-    folder = preflight.prepare_run_folder(config)
+    folder = run_folder.prepare(config)
     (folder / "metrics.jsonl").touch()
     (folder / "tensorboard").mkdir()
     (folder / "tensorboard" / "events").write_text("x")
-    preflight.release_run_folder(config)
+    run_folder.release(config)
     assert not folder.exists()
 
 
 def test_a_run_with_records_is_not_taken_back(config: TrainConfig) -> None:
-    folder = preflight.prepare_run_folder(config)
+    folder = run_folder.prepare(config)
     (folder / "metrics.jsonl").write_text("{}\n")
     before = snapshot(folder)
-    preflight.release_run_folder(config)
+    run_folder.release(config)
     assert snapshot(folder) == before
