@@ -141,6 +141,8 @@ class Recorder:
 
 def choose(rewards: Sequence[float | None], lengths: Sequence[int], most: int) -> list[int]:
     """Positions of the rollouts worth reading: the best, the worst, the longest, then the first ones."""
+    if not lengths:
+        return []
     everyone = range(len(lengths))
     scored = [i for i in everyone if rewards[i] is not None]
     telling = []

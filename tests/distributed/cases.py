@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.policy.runtime import initialize
 from gspo_megatron.policy.step import forward_only
+from gspo_megatron.policy.weights import PolicyWeights
 from gspo_megatron.types import Sequence
 from tests.distributed.tiny_models import make_sequences
 
@@ -149,6 +151,71 @@ def _drift(index: int, length: int, mask: torch.Tensor, level: str) -> torch.Ten
     return 0.01 * centred + BRANCHES[index][0]
 
 
+def shift_logprobs(trainer: Any) -> list[float]:
+    """Make the old and the reference policy of the trainer fixed distances away, after the real passes.
+
+    Returns a list that the pass fills: distances of the tokens' log-ratios from the clip, for GRPO.
+    """
+    policy = trainer.policy
+    level = "token" if trainer.config.algorithm.name == "grpo" else "sequence"
+    fill_old, fill_reference = policy.fill_old_logprobs, policy.fill_reference_logprobs
+    clip_gaps: list[float] = []
+
+    def old(batches: Any) -> None:
+        fill_old(batches)
+        for micro, index, at in _real_sequences(batches):
+            drift = _drift(index, at.stop - at.start, micro.response_mask[at], level)
+            micro.old_logprobs[at] = (micro.old_logprobs[at].double() - drift).float()
+            bounds = [math.log1p(x) for x in (-trainer.algorithm.clip_low, trainer.algorithm.clip_high)]
+            if level == "token":
+                values = drift[micro.response_mask[at]]
+                clip_gaps.extend(abs(float(v) - b) for v in values for b in bounds)
+
+    def reference(batches: Any) -> None:
+        fill_reference(batches)
+        for micro, index, at in _real_sequences(batches):
+            generator = torch.Generator().manual_seed(500 + index)
+            micro.reference_logprobs[at] += 0.3 * torch.randn(at.stop - at.start, generator=generator)
+
+    policy.fill_old_logprobs, policy.fill_reference_logprobs = old, reference
+    return clip_gaps
+
+
+def _real_sequences(batches: Any) -> Iterator[tuple[Any, int, slice]]:
+    """(micro-batch, Sequence.index, its tokens) on the last pipeline stage; none elsewhere."""
+    for batch in batches:
+        for micro in batch.micro_batches:
+            if micro.old_logprobs is None:
+                continue
+            for i, index in enumerate(micro.sequence_ids.tolist()):
+                if index >= 0:
+                    yield micro, index, slice(int(micro.cu_seqlens[i]), int(micro.cu_seqlens[i + 1]))
+
+
+def whole_weights(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
+    """All weights under their HF names, at rank 0; {} elsewhere."""
+    return _export(policy, {name: p.detach() for name, p in policy.weights.parameters.items()})
+
+
+def whole_gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
+    """The reduced gradients under their HF names, at rank 0; {} elsewhere. Call before the optimizer's step."""
+    for chunk in policy.chunks:
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            sharded_over = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets if sharded_over.size() > 1 else []:
+                shards = list(bucket.grad_data.chunk(sharded_over.size()))
+                whole = [torch.empty_like(s) for s in shards]
+                dist.all_gather(whole, shards[sharded_over.rank()].clone(), group=sharded_over)
+                bucket.grad_data.copy_(torch.cat(whole))
+    gradients = {name: p.main_grad for name, p in policy.weights.parameters.items()}  # type: ignore[attr-defined]
+    return _export(policy, gradients)
+
+
+def _export(policy: MegatronPolicy, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    view = PolicyWeights(policy.family, policy.fields, policy.groups, list(tensors.items()))
+    return {item.name: item.tensor.clone() for bucket in view.export([0]) for item in bucket}
+
+
 def optimizer_step(
     layout: dict[str, int],
     folder: str,
@@ -169,7 +236,6 @@ def optimizer_step(
     from gspo_megatron.config import AlgorithmConfig, DataConfig, RunConfig, TaskConfig, TrainConfig
     from gspo_megatron.job import Job
     from gspo_megatron.policy import optimizer as optimizer_module
-    from gspo_megatron.policy.weights import PolicyWeights
     from gspo_megatron.tokenizer import Tokenizer
 
     groups = join(layout)
@@ -192,37 +258,14 @@ def optimizer_step(
         optimizer_module.DistributedDataParallel = original_ddp  # type: ignore[misc]
     policy = trainer.policy
     sequences = step_sequences(vocab)
-    level = "token" if config.algorithm.name == "grpo" else "sequence"
-
-    recompute = policy.fill_old_logprobs
-    first_gap: list[float] = []
-
-    def fill(batches: Any) -> None:
-        """The real pass, then an old policy that was a fixed distance away."""
-        recompute(batches)
-        for batch in batches:
-            for micro in batch.micro_batches:
-                if micro.old_logprobs is None:
-                    continue
-                for i, index in enumerate(micro.sequence_ids.tolist()):
-                    if index < 0:
-                        continue
-                    at = slice(int(micro.cu_seqlens[i]), int(micro.cu_seqlens[i + 1]))
-                    drift = _drift(index, at.stop - at.start, micro.response_mask[at], level)
-                    micro.old_logprobs[at] = (micro.old_logprobs[at].double() - drift).float()
-                    bounds = [math.log1p(x) for x in (-trainer.algorithm.clip_low, trainer.algorithm.clip_high)]
-                    if level == "token":
-                        values = drift[micro.response_mask[at]]
-                        first_gap.extend(abs(float(v) - b) for v in values for b in bounds)
-
-    policy.fill_old_logprobs = fill  # type: ignore[method-assign]
+    first_gap = shift_logprobs(trainer)
     loss = trainer.loss
     if sabotage == "data":
         trainer.loss = lambda batch: loss(  # type: ignore[method-assign]
             replace(batch, num_global_sequences=sum(int((m.sequence_ids >= 0).sum()) for m in batch.micro_batches))
         )
     if sabotage == "micro_batch":
-        trainer.loss = lambda batch: (
+        trainer.loss = lambda batch: (  # type: ignore[method-assign]
             lambda lp, h, micro: loss(  # type: ignore[method-assign]
                 replace(batch, num_global_sequences=max(1, int((micro.sequence_ids >= 0).sum())))
             )(lp, h, micro)
@@ -231,20 +274,8 @@ def optimizer_step(
     gradients: dict[str, torch.Tensor] = {}
     step = policy.optimizer.step
 
-    def export(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        view = PolicyWeights(policy.family, policy.fields, groups, list(tensors.items()))
-        return {item.name: item.tensor.clone() for bucket in view.export([0]) for item in bucket}
-
     def capture_then_step() -> Any:
-        for chunk in policy.chunks:
-            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-                sharded_over = group.intra_distributed_optimizer_instance_group
-                for bucket in group.buckets if sharded_over.size() > 1 else []:
-                    shards = list(bucket.grad_data.chunk(sharded_over.size()))
-                    whole = [torch.empty_like(s) for s in shards]
-                    dist.all_gather(whole, shards[sharded_over.rank()].clone(), group=sharded_over)
-                    bucket.grad_data.copy_(torch.cat(whole))
-        gradients.update(export({name: p.main_grad for name, p in policy.weights.parameters.items()}))
+        gradients.update(whole_gradients(policy))
         return step()
 
     policy.optimizer.step = capture_then_step
@@ -253,11 +284,12 @@ def optimizer_step(
         if name.endswith("mlp.router"):
             module.register_forward_hook(lambda m, args, out: margins.append(_router_margin(m, args[0])))
     [batch], [result] = trainer.learn(scatter(groups, sequences))
-    weights = export({name: p.detach() for name, p in policy.weights.parameters.items()})
+    weights = whole_weights(policy)
     stats = {}
-    total_loss = 0.0
+    total_loss, kl = 0.0, 0.0
     for micro in result.reports if groups.reports_loss else []:
         total_loss += float(micro.sums[0])
+        kl += float(micro.sums[4])
         for index, value, clipped in zip(micro.sequence_ids.tolist(), micro.log_ratio, micro.clipped, strict=True):
             if index >= 0:
                 stats[index] = (float(value), bool(clipped))
@@ -265,6 +297,7 @@ def optimizer_step(
         "gradients": gradients,
         "weights": weights,
         "loss": total_loss,
+        "kl": kl,
         "stats": stats,
         "grad_norm": result.grad_norm,
         "num_micro_batches": len(batch.micro_batches),
@@ -288,17 +321,10 @@ def _router_margin(router: Any, hidden: torch.Tensor) -> float:
     return float((top[:, router.topk - 1] - top[:, router.topk]).min())
 
 
-def first_batch(layout: dict[str, int], config: dict[str, Any], sabotage: str = "") -> dict[str, Any]:
-    """One whole step of a real run: embedded engine, real task. Its first mini-batch has the sampling policy.
-
-    `sabotage` changes something between the pass for the old log-probabilities and the first forward:
-    "temperature", "weights" or "packing".
-    """
+def train_config(config: dict[str, Any]) -> Any:
+    """A TrainConfig from tables, as a TOML file would hold them."""
     from gspo_megatron import config as c
-    from gspo_megatron.job import build_job
-    from gspo_megatron.trainer import Trainer
 
-    groups = join(layout)
     sections = {
         "run": c.RunConfig,
         "model": c.ModelConfig,
@@ -308,7 +334,20 @@ def first_batch(layout: dict[str, int], config: dict[str, Any], sabotage: str = 
         "data": c.DataConfig,
         "optimizer": c.OptimizerConfig,
     }
-    settings = c.TrainConfig(**{name: kind(**config.get(name, {})) for name, kind in sections.items()})  # type: ignore[arg-type]
+    return c.TrainConfig(**{name: kind(**config.get(name, {})) for name, kind in sections.items()})  # type: ignore[arg-type]
+
+
+def first_batch(layout: dict[str, int], config: dict[str, Any], sabotage: str = "") -> dict[str, Any]:
+    """One whole step of a real run: embedded engine, real task. Its first mini-batch has the sampling policy.
+
+    `sabotage` changes something between the pass for the old log-probabilities and the first forward:
+    "temperature", "weights" or "packing".
+    """
+    from gspo_megatron.job import build_job
+    from gspo_megatron.trainer import Trainer
+
+    groups = join(layout)
+    settings = train_config(config)
     with build_job(settings, groups) as job:
         trainer = Trainer(settings, job)
         recompute = trainer.policy.fill_old_logprobs
@@ -334,7 +373,7 @@ def first_batch(layout: dict[str, int], config: dict[str, Any], sabotage: str = 
             float((m.reference_logprobs - m.old_logprobs)[m.response_mask].abs().max())
             for b in outcome.mini_batches
             for m in b.micro_batches
-            if m.reference_logprobs is not None and m.response_mask.any()
+            if m.reference_logprobs is not None and m.old_logprobs is not None and m.response_mask.any()
         ]
         return {
             "log_ratio": [
@@ -349,3 +388,91 @@ def first_batch(layout: dict[str, int], config: dict[str, Any], sabotage: str = 
             "weights": {name: p.detach().cpu().clone() for name, p in trainer.policy.weights.parameters.items()},
             "grad_norms": [result.grad_norm for result in outcome.results],
         }
+
+
+def reference_after_step(layout: dict[str, int], config: dict[str, Any]) -> dict[str, Any]:
+    """After a step moved the weights: reference log-probabilities of its batches, beside the policy's own.
+
+    Both as the largest distance from the log-probabilities of the initial policy; the reference pass runs twice.
+    """
+    from gspo_megatron.job import build_job
+    from gspo_megatron.trainer import Trainer
+
+    settings = train_config(config)
+    with build_job(settings, join(layout)) as job:
+        trainer = Trainer(settings, job)
+        policy = trainer.policy
+        trainer.sync()
+        batches = trainer.step(1).mini_batches
+        micros = [m for b in batches for m in b.micro_batches if m.old_logprobs is not None]
+        initial = [m.old_logprobs.clone() for m in micros if m.old_logprobs is not None]
+
+        def farthest(name: str) -> list[float]:
+            return [
+                float((getattr(m, name) - was)[m.response_mask].abs().max())
+                for m, was in zip(micros, initial, strict=True)
+                if m.response_mask.any()
+            ]
+
+        moved = {name: p.detach().clone() for name, p in policy.weights.parameters.items()}
+        references, unchanged = [], []
+        for _ in range(2):
+            for micro in micros:
+                micro.reference_logprobs = None
+            policy.fill_reference_logprobs(batches)
+            references += farthest("reference_logprobs")
+            unchanged += [torch.equal(p, moved[name]) for name, p in policy.weights.parameters.items()]
+        policy.fill_old_logprobs(batches)
+        return {"reference": references, "policy": farthest("old_logprobs"), "unchanged": all(unchanged)}
+
+
+def recorded_row(layout: dict[str, int], folder: str, tokenizer: str, run_folder: str, vocab: int) -> None:
+    """The trainer's `learn` on the fixed batch, and the Recorder's row of it in run_folder/metrics.jsonl."""
+    from types import SimpleNamespace
+
+    from gspo_megatron.config import AlgorithmConfig, DataConfig, RunConfig, TaskConfig, TrainConfig
+    from gspo_megatron.experience import Experience
+    from gspo_megatron.job import Job
+    from gspo_megatron.recorder import BatchOutcome, Recorder
+    from gspo_megatron.tokenizer import Tokenizer
+    from gspo_megatron.trainer import Trainer
+    from gspo_megatron.types import Group, Prompt, Rollout, ScoreReport
+
+    groups = join(layout)
+    config = TrainConfig(
+        run=RunConfig(folder=run_folder),
+        model=ModelConfig(path=folder),
+        task=TaskConfig(name="unused"),
+        algorithm=AlgorithmConfig(mini_batches=2, kl_coefficient=0.1),
+        data=DataConfig(token_budget=40),
+        optimizer=OptimizerConfig(lr=1e-4, eps=1e-3),
+    )
+    engine = SimpleNamespace(name="none") if groups.is_head else None  # nothing is generated: the batch is given
+    job = Job(config, groups, Tokenizer.load(tokenizer), None, None, engine, torch.device("cpu"))  # type: ignore[arg-type]
+    trainer = Trainer(config, job)
+    shift_logprobs(trainer)
+    mine = scatter(groups, step_sequences(vocab))
+    whole = make_sequences(STEP_LENGTHS, vocab, seed=11)  # without the masks that keep responses from training
+    rollouts = [
+        Rollout(
+            prompt_id=s.index,
+            token_ids=s.token_ids,
+            response_mask=whole[s.index].response_mask,
+            rollout_logprobs=s.rollout_logprobs,
+            policy_versions=torch.where(whole[s.index].response_mask, 0, -1),
+            finish_reason="stop",
+            reward=float(s.advantages),
+        )
+        for s in mine
+    ]
+    experience = Experience(
+        groups=[Group(Prompt(r.prompt_id, "", [0], None), [r]) for r in rollouts],
+        sequences=mine,
+        advantages=[[float(s.advantages)] for s in mine],
+        score=ScoreReport(num_scored=len(mine)),
+        next_prompt=0,
+    )
+    batches, results = trainer.learn(mine)
+    outcome = BatchOutcome(0, experience, batches, results, 0, {"time_rollout_s": 1.0, **trainer.times})
+    with Recorder(job, "test", 1).open() as recorder:
+        recorder.batch(1, outcome, None)

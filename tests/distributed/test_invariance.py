@@ -23,6 +23,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "gspo_token": {"name": "gspo_token", "dual_clip": 1.001},
     "grpo": {"name": "grpo"},
     "gspo_kl": {"name": "gspo", "kl_coefficient": 0.1, "entropy_coefficient": 0.01, "mismatch": "truncate"},
+    "gspo_no_kl": {"name": "gspo", "entropy_coefficient": 0.01, "mismatch": "truncate"},
 }
 LAYOUTS = [
     {"tensor": 2},
@@ -65,7 +66,8 @@ def step(tmp_path_factory: pytest.TempPathFactory, ranks: Callable[[int], RankPo
             sabotage=sabotage,
         )
         merged = dict(results[0])
-        merged["loss"] = sum(r["loss"] for r in results)
+        for name in ("loss", "kl"):
+            merged[name] = sum(r[name] for r in results)
         merged["stats"] = {k: v for r in results for k, v in r["stats"].items()}
         return merged
 
@@ -118,6 +120,14 @@ def test_the_fixed_batch_is_worth_testing_with(algorithm: str, reference: Callab
     assert (spread[:, None] - bounds).abs().min() >= 1e-5
     clipped = {i for i, (_, c) in truth["stats"].items() if c}
     assert clipped == ({0, 2, 6, 11} if "dual_clip" in ALGORITHMS[algorithm] else {0, 2, 11})
+
+
+def test_the_reference_of_the_fixed_batch_is_elsewhere(reference: Callable[[str], dict[str, Any]]) -> None:
+    with_kl, without = reference("gspo_kl"), reference("gspo_no_kl")
+    coefficient = ALGORITHMS["gspo_kl"]["kl_coefficient"]
+    assert with_kl["kl"] > 0.01
+    assert with_kl["loss"] - without["loss"] == pytest.approx(coefficient * with_kl["kl"], rel=1e-4)
+    assert differences(with_kl, without)["gradient"] > 0.01
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from gspo_megatron.metrics import METRICS
 from gspo_megatron.parallel import ParallelLayout
+from tests.distributed import tiny_models
 from tests.distributed.rank_pool import RankPool
 
 MODEL = str(Path(__file__).parents[2] / "examples" / "quickstart" / "model")
@@ -88,3 +91,47 @@ def test_reference_model_is_the_initial_policy(layout: dict[str, int], ranks: Ca
     config = {**CONFIG, "algorithm": {**CONFIG["algorithm"], "kl_coefficient": 0.05}}
     gaps = [gap for r in run(ranks, layout, config) for gap in r["reference_gap"]]
     assert gaps and max(gaps) <= 1e-6
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2, "expert": 2}, {"pipeline": 2}, {"data": 2, "expert": 2}], ids=name_of)
+def test_reference_model_stays_when_the_policy_moves(layout: dict[str, int], ranks: Callable[[int], RankPool]) -> None:
+    config = {**CONFIG, "algorithm": {**CONFIG["algorithm"], "kl_coefficient": 0.05}}
+    pool = ranks(ParallelLayout(**layout).world_size)
+    results = pool.run("tests.distributed.cases:reference_after_step", layout=layout, config=config)
+    assert max(gap for r in results for gap in r["reference"]) <= 1e-6
+    assert min(gap for r in results for gap in r["policy"]) > 1e-4
+    assert all(r["unchanged"] for r in results), "the policy's weights come back bit by bit"
+
+
+# Differ between layouts by nature: seconds, and how the sequences were packed.
+NOT_COMPARED = {"padding_fraction", "rollout_tokens_per_s", *(name for name in METRICS if name.startswith("time_"))}
+
+
+def test_metrics_are_the_same_in_every_layout(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
+    folder = tiny_models.write(tmp_path / "model", "moe")
+    rows = {}
+    for layout in (
+        {},
+        {"tensor": 2},
+        {"pipeline": 2},
+        {"tensor": 2, "pipeline": 2},
+        {"data": 2, "expert": 2},
+    ):
+        run_folder = tmp_path / name_of(layout)
+        ranks(ParallelLayout(**layout).world_size).run(
+            "tests.distributed.cases:recorded_row",
+            layout=layout,
+            folder=str(folder),
+            tokenizer=MODEL,
+            run_folder=str(run_folder),
+            vocab=tiny_models.VOCAB,
+        )
+        [line] = (run_folder / "metrics.jsonl").read_text().splitlines()
+        rows[name_of(layout)] = {k: v for k, v in json.loads(line).items() if k not in NOT_COMPARED}
+    truth = rows.pop(name_of({}))
+    for name in ("loss", "entropy", "kl_reference", "clip_fraction_sequence", "log_ratio_sequence_p99", "grad_norm"):
+        assert truth[name], f"{name} must be a number other than 0 to be worth comparing"
+    for layout_name, row in rows.items():
+        for name, value in truth.items():
+            expected = pytest.approx(value, rel=1e-6, abs=1e-6) if isinstance(value, float) else value
+            assert row[name] == expected, f"{layout_name}: {name}"

@@ -16,3 +16,8 @@ def test_the_best_the_worst_and_the_longest_come_first() -> None:
 def test_without_a_reward_the_longest_comes_first() -> None:
     assert choose([None, None, None], [1, 5, 2], 2) == [1, 0]
     assert choose([1.0], [4], 4) == [0]
+
+
+def test_nothing_is_chosen_of_nothing_or_where_nothing_is_wanted() -> None:
+    assert choose([], [], 4) == []
+    assert choose([1.0, 0.0], [4, 5], 0) == []

@@ -1,0 +1,131 @@
+"""What each rank does in the tests of the policy's own steps and of the supervised cold start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from gspo_megatron import sft
+from gspo_megatron.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SftConfig,
+    SftLoopConfig,
+    TaskConfig,
+)
+from gspo_megatron.data.exchange import distribute
+from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.job import build_job
+from gspo_megatron.policy.policy import MegatronPolicy
+from gspo_megatron.types import StepBatch
+from tests.distributed.cases import STEP_LENGTHS, join, make_policy, scatter, whole_gradients, whole_weights
+from tests.distributed.tiny_models import make_sequences
+
+
+def _batches(policy: MegatronPolicy, groups: ProcessGroups, vocab: int, count: int) -> list[StepBatch]:
+    return distribute(
+        scatter(groups, make_sequences(STEP_LENGTHS, vocab, seed=11)),
+        groups,
+        mini_batches=count,
+        token_budget=40,
+        pad_token_id=0,
+        device=policy.device,
+    )
+
+
+def answer_steps(
+    layout: dict[str, int], folder: str, vocab: int, steps: int, mini_batches: int, optimizer: dict[str, Any]
+) -> dict[str, Any]:
+    """Optimizer steps on random worked answers, the mini-batches in turn: gradients before and weights after each."""
+    groups = join(layout)
+    policy = make_policy(groups, folder, **optimizer)
+    batches = _batches(policy, groups, vocab, mini_batches)
+    gradients: list[dict[str, torch.Tensor]] = []
+    step = policy.optimizer.step
+
+    def capture_then_step() -> Any:
+        gradients.append(whole_gradients(policy))
+        return step()
+
+    policy.optimizer.step = capture_then_step
+    weights, results = [whole_weights(policy)], []
+    for k in range(steps):
+        batch = batches[k % mini_batches]
+        results.append(policy.train_step(batch, sft.answer_loss(batch.num_global_sequences)))
+        weights.append(whole_weights(policy))
+    return {
+        "gradients": gradients,
+        "weights": weights,
+        "learning_rates": [r.learning_rate for r in results],
+        "grad_norms": [r.grad_norm for r in results],
+    }
+
+
+def graph_of_layers(layout: dict[str, int], folder: str, vocab: int) -> dict[str, list[bool]]:
+    """Whether each attention's and each MLP's output required a gradient, in the log-probability pass and in training.
+
+    A layer's own output says nothing: Megatron adds the residual under enable_grad, and what a pipeline stage
+    receives always requires a gradient.
+    """
+    groups = join(layout)
+    policy = make_policy(groups, folder)
+    [batch] = _batches(policy, groups, vocab, 1)
+    seen: list[bool] = []
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        seen.append(hidden.requires_grad)
+
+    for chunk in policy.chunks:
+        for module in chunk.module.modules():
+            if isinstance(module, TransformerLayer):
+                module.self_attention.register_forward_hook(note)
+                module.mlp.register_forward_hook(note)
+    policy.fill_old_logprobs([batch])
+    in_pass = seen.copy()
+    seen.clear()
+    policy.train_step(batch, sft.answer_loss(batch.num_global_sequences))
+    return {"logprobs": in_pass, "train": seen}
+
+
+def worked_answers(layout: dict[str, int], model: str, task: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """The cold start's first batch, which of its targets carry loss, and the loss of two steps on it."""
+    groups = join(layout)
+    config = SftConfig(
+        run=RunConfig(folder="unused"),
+        model=ModelConfig(path=model, init="random"),
+        task=TaskConfig(**task),
+        data=DataConfig(token_budget=64),
+        optimizer=OptimizerConfig(lr=1e-3),
+        sft=SftLoopConfig(batch_size=batch_size),
+    )
+    with build_job(config, groups) as job:
+        policy = MegatronPolicy(config.model, config.optimizer, groups, seed=0, total_steps=10)
+        batch = sft._batch(job, 0, max_positions=policy.fields.max_position_embeddings)
+        loss_function = sft.answer_loss(batch.num_global_sequences)
+        sequences = {}
+        for micro in batch.micro_batches:
+            logprobs = torch.zeros(micro.num_tokens, requires_grad=True)
+            loss_function(logprobs, torch.zeros(micro.num_tokens), micro)[0].backward()
+            assert logprobs.grad is not None
+            for i, index in enumerate(micro.sequence_ids.tolist()):
+                at = slice(int(micro.cu_seqlens[i]), int(micro.cu_seqlens[i + 1]))
+                weights = -logprobs.grad[at]
+                if index < 0:
+                    assert not weights.any(), "padding carries loss"
+                    continue
+                sequences[index] = {
+                    "token_ids": micro.token_ids[at].tolist(),
+                    "masked": micro.targets[at][micro.response_mask[at]].tolist(),
+                    "with_loss": micro.targets[at][weights != 0].tolist(),
+                    "weights": weights[weights != 0].tolist(),
+                }
+        losses = []
+        for _ in range(2):
+            reports = policy.train_step(batch, loss_function).reports
+            losses.append(sum(job.all_gather(sum(map(float, reports)) if groups.reports_loss else None)))
+        return {"sequences": sequences, "losses": losses, "num_global_sequences": batch.num_global_sequences}
