@@ -75,7 +75,7 @@ class _RankedCommand:
 
     def _as_rank(self, arguments: Arguments, *, prepared: bool = False) -> int:
         from gspo_megatron import launch
-        from gspo_megatron.failures import FailureBoard, guard_rank
+        from gspo_megatron.failures import FailureBoard, end_process, guard_rank
 
         with guard_rank(FailureBoard.from_environment()) as board:
             config = self._load(arguments)
@@ -89,6 +89,9 @@ class _RankedCommand:
                 if prepares or prepared:
                     self._release(config)
                 raise
+        if board.world_size > 1:
+            # Megatron's DDP keeps process groups alive, and their threads may abort an interpreter that winds down.
+            end_process(EXIT_DONE)
         return EXIT_DONE
 
     def _load(self, arguments: Arguments) -> TrainConfig | SftConfig:

@@ -33,6 +33,7 @@ def work(mode: str, rank: int, world_size: int) -> None:
         if last:
             time.sleep(1.5)  # the others, the host of the store among them, are ready first
         print(f"rank {rank} done", flush=True)
+        dist.destroy_process_group()
         return
     if mode == "raise" and last:
         time.sleep(0.5)  # the others are blocked in the collective
