@@ -6,7 +6,7 @@ micro-batch, G rollouts of one prompt (the group), k experts per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
@@ -110,4 +110,3 @@ class ScoreReport:
     num_failed: int = 0  # the scorer raised or returned something that is no number
     num_timed_out: int = 0
     first_error: str | None = None
-    extra: dict[str, float] = field(default_factory=dict)
