@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from datetime import timedelta
 
 import torch
@@ -37,7 +36,7 @@ def initialize(layout: ParallelLayout, *, seed: int, timeout_s: float) -> Proces
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-        distributed_timeout_minutes=max(1, math.ceil(timeout_s / 60)),
+        distributed_timeout_minutes=timeout_s / 60,  # becomes a timedelta: fractions are exact
         create_gloo_process_groups=False,
     )
     seed_everything(seed)
