@@ -52,6 +52,11 @@ class ModelConfig:
     """Start from the folder's weights, or from random weights of its config."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the policy's parameters. Gradients are reduced and optimizer state is kept in float32."""
+    experts: Literal["grouped", "sequential"] = "grouped"
+    """Products of a MoE layer's experts: all in one grouped product, or one expert after the other (for comparison)."""
+    attention: Literal["torch", "transformer_engine"] = "torch"
+    """Attention kernels: torch's own (flash attention over packed sequences on CUDA), or Transformer Engine's, which
+    must be installed."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class ParallelConfig:
     pipeline: int = 1
     """Pipeline parallel degree; divides the number of layers."""
     context: int = 1
-    """Context parallel degree."""
+    """Context parallel degree: ranks that share each sequence's tokens."""
     data: int = 1
     """Data parallel degree: replicas of the model; each generates its own share of the prompts."""
     expert: int = 1
@@ -73,8 +78,7 @@ class ParallelConfig:
     virtual_pipeline: int = 1
     """Model chunks per pipeline rank (interleaved schedule)."""
     timeout_s: float = 600.0
-    """A collective that takes longer ends the run with an error, in seconds; rounded up to whole minutes, at least
-    one, for Megatron's own groups."""
+    """A collective that takes longer ends the run with an error, in seconds."""
 
     def __post_init__(self) -> None:
         _require_positive("parallel", self, "timeout_s")
@@ -222,7 +226,8 @@ class DataConfig:
     """Packing."""
 
     token_budget: int = 8192
-    """Most tokens in a micro-batch; at least one longest sequence."""
+    """Most tokens in a micro-batch, at least one longest sequence. The few padding tokens that tensor and context
+    parallelism need come on top."""
 
     def __post_init__(self) -> None:
         _require_positive("data", self, "token_budget")
@@ -250,9 +255,24 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     clip_grad: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches it off."""
+    distributed: bool = True
+    """Shard the optimizer's state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather the updated parameters during the next forward pass; needs optimizer.distributed."""
 
     def __post_init__(self) -> None:
         _require_positive("optimizer", self, "lr", "eps")
+        _require(
+            self.distributed or not self.overlap_param_gather,
+            "optimizer.overlap_param_gather=true gathers what optimizer.distributed has sharded; "
+            "set optimizer.distributed=true, or leave it out",
+        )
+        _require(
+            self.overlap_grad_reduce or not self.overlap_param_gather,
+            "optimizer.overlap_param_gather=true needs optimizer.overlap_grad_reduce=true; set both, or neither",
+        )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"optimizer.{name}={value} must be at least 0 and below 1")
@@ -264,6 +284,25 @@ class OptimizerConfig:
             0 <= self.min_lr <= self.lr, f"optimizer.min_lr={self.min_lr} must lie between 0 and optimizer.lr={self.lr}"
         )
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be at least 0")
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What is recomputed or moved to host memory to save device memory."""
+
+    recompute: Literal["none", "selective", "moe", "full"] = "none"
+    """Activations computed again in the backward pass instead of kept: none, the core attention's, the MoE layers',
+    or whole layers'."""
+    offload_optimizer: float = 0.0
+    """Share of the optimizer's state and main parameters kept and updated in host memory, from 0 to 1."""
+    offload_gradients: bool = False
+    """Free the gradient buffers between training phases, for engines on the same devices."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.offload_optimizer <= 1,
+            f"memory.offload_optimizer={self.offload_optimizer} must lie between 0 and 1",
+        )
 
 
 @dataclass(frozen=True)
@@ -337,6 +376,7 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     train: TrainLoopConfig = field(default_factory=TrainLoopConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -353,6 +393,7 @@ class SftConfig:
     rollout: GenerationConfig = field(default_factory=GenerationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     sft: SftLoopConfig = field(default_factory=SftLoopConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

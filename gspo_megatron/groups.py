@@ -43,6 +43,11 @@ class ProcessGroups:
         return self.rank == self.head_rank
 
     @property
+    def sequence_group(self) -> Group | None:
+        """The ranks that share each sequence's tokens; None where a rank holds whole sequences."""
+        return self.cp if self.layout.context > 1 else None
+
+    @property
     def is_last_stage(self) -> bool:
         return self.coordinates.pipeline == self.layout.pipeline - 1
 

@@ -62,10 +62,13 @@ class Recorder:
         micro_batches = [m for batch in outcome.mini_batches for m in batch.micro_batches]
         records = self.job.gather(
             step_metrics.record(
-                # Every tensor-parallel rank of the last stage holds the same reports: one of them counts.
+                # Every tensor- and context-parallel rank of the last stage holds the same reports: one of them counts.
                 [result.reports if self.job.groups.reports_loss else [] for result in outcome.results],
                 outcome.experience,
-                padding=(sum(m.num_padding_tokens for m in micro_batches), sum(m.num_tokens for m in micro_batches)),
+                padding=(
+                    sum(m.num_padding_tokens for m in micro_batches),
+                    sum(m.num_tokens for m in micro_batches) * self.job.groups.layout.context,
+                ),
                 engine_bytes=outcome.engine_bytes,
             )
         )

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gspo_megatron import ops
@@ -24,13 +25,18 @@ def run(config: SftConfig) -> None:
     """The `sft` command on one rank: train, evaluate every eval.every steps, save to run.folder/final."""
     with open_job(config) as job:
         policy = MegatronPolicy(
-            config.model, config.optimizer, job.groups, seed=config.run.seed, total_steps=config.sft.steps
+            config.model,
+            config.optimizer,
+            job.groups,
+            seed=config.run.seed,
+            total_steps=config.sft.steps,
+            memory=config.memory,
         )
         with Recorder(job, "sft", config.sft.steps, unit="step").open() as recorder:
             for step in range(1, config.sft.steps + 1):
                 start = time.perf_counter()
                 batch = _batch(job, step - 1, max_positions=policy.fields.max_position_embeddings)
-                result = policy.train_step(batch, answer_loss(batch.num_global_sequences))
+                result = policy.train_step(batch, answer_loss(batch.num_global_sequences, job.groups.sequence_group))
                 loss = sum(job.all_gather(sum(map(float, result.reports)) if job.groups.reports_loss else None))
                 row = {"loss": loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
                 row["time_step_s"] = time.perf_counter() - start
@@ -47,12 +53,20 @@ def run(config: SftConfig) -> None:
         policy.save_hf(Path(config.run.folder) / "final")
 
 
-def answer_loss(num_sequences: int) -> LossFunction:
-    """Negative log-likelihood of the answers, each answer weighing the same whatever its length."""
+def answer_loss(num_sequences: int, cp_group: dist.ProcessGroup | None = None) -> LossFunction:
+    """Negative log-likelihood of the answers, each answer weighing the same whatever its length.
+
+    The report is the micro-batch's loss, summed over the context-parallel group.
+    """
 
     def loss(logprobs: Tensor, entropy: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        value = ops.sequence_mean(-logprobs, micro.response_mask, micro.cu_seqlens, num_sequences=num_sequences)
-        return value, value.detach()
+        value = ops.sequence_mean(
+            -logprobs, micro.response_mask, micro.cu_seqlens, num_sequences=num_sequences, cp_group=cp_group
+        )
+        report = value.detach().clone()
+        if cp_group is not None:
+            dist.all_reduce(report, group=cp_group)
+        return value, report
 
     return loss
 

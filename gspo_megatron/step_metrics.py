@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gspo_megatron.algorithms import Algorithm, Mismatch, Objective, objective
@@ -20,7 +21,8 @@ from gspo_megatron.types import MicroBatch
 
 @dataclass(frozen=True)
 class MicroStats:
-    """One micro-batch of one optimizer step. On the device; read once per rollout batch."""
+    """One micro-batch of one optimizer step, over all context-parallel ranks. On the device; read once per rollout
+    batch."""
 
     sequence_ids: Tensor  # [S]
     log_ratio: Tensor  # [S]
@@ -32,8 +34,15 @@ class MicroStats:
     maxima: Tensor  # [2] token log-ratio, |engine - trainer|
 
 
-def observe(micro: MicroBatch, logprobs: Tensor, entropy: Tensor, result: Objective) -> MicroStats:
-    """Collect a micro-batch's figures without synchronising with the device."""
+def observe(
+    micro: MicroBatch,
+    logprobs: Tensor,
+    entropy: Tensor,
+    result: Objective,
+    *,
+    cp_group: dist.ProcessGroup | None = None,
+) -> MicroStats:
+    """Collect a micro-batch's figures without synchronising with the device. Collective over `cp_group`."""
     mask, stats = micro.response_mask, result.stats
     assert micro.old_logprobs is not None
     zero = torch.zeros_like(micro.old_logprobs)
@@ -45,36 +54,46 @@ def observe(micro: MicroBatch, logprobs: Tensor, entropy: Tensor, result: Object
         out = torch.zeros(micro.sequence_ids.numel(), dtype=torch.float64, device=mask.device)
         return out.index_add_(0, segment, values.double())
 
-    advantages = micro.advantages
-    if advantages.numel() != micro.sequence_ids.numel():
-        total = per_sequence(torch.where(mask, advantages, zero))
-        advantages = total / stats.num_response_tokens.clamp(min=1)
+    clipped_tokens = per_sequence(stats.clipped_tokens & mask)
+    is_per_token = micro.advantages.numel() != micro.sequence_ids.numel()
+    advantage_sums = per_sequence(torch.where(mask, micro.advantages, zero)) if is_per_token else clipped_tokens * 0
+    sums = torch.stack(
+        [
+            result.loss.detach().double(),
+            torch.where(mask, entropy.detach(), zero).double().sum(),
+            (gap.expm1() - gap).double().sum(),
+            mask.double().sum(),
+            torch.full_like(zero[0], torch.nan).double() if result.kl is None else result.kl.double(),
+        ]
+    )
+    maxima = torch.stack([token_log_ratio.max(), gap.abs().max()])
+    if cp_group is not None:
+        flat = torch.cat([sums, clipped_tokens, advantage_sums])
+        dist.all_reduce(flat, group=cp_group)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=cp_group)
+        sums, clipped_tokens, advantage_sums = flat.split([sums.numel(), *[clipped_tokens.numel()] * 2])
     return MicroStats(
         sequence_ids=micro.sequence_ids,
         log_ratio=stats.log_ratio.detach(),
         clipped=stats.clipped,
-        clipped_tokens=per_sequence(stats.clipped_tokens & mask),
+        clipped_tokens=clipped_tokens,
         num_tokens=stats.num_response_tokens,
-        advantages=advantages,
-        sums=torch.stack(
-            [
-                result.loss.detach().double(),
-                torch.where(mask, entropy.detach(), zero).double().sum(),
-                (gap.expm1() - gap).double().sum(),
-                mask.double().sum(),
-                torch.full_like(zero[0], torch.nan).double() if result.kl is None else result.kl.double(),
-            ]
-        ),
-        maxima=torch.stack([token_log_ratio.max(), gap.abs().max()]),
+        advantages=advantage_sums / stats.num_response_tokens.clamp(min=1) if is_per_token else micro.advantages,
+        sums=sums,
+        maxima=maxima,
     )
 
 
-def observed_loss(algorithm: Algorithm, mismatch: Mismatch, *, num_sequences: int) -> LossFunction:
+def observed_loss(
+    algorithm: Algorithm, mismatch: Mismatch, *, num_sequences: int, cp_group: dist.ProcessGroup | None = None
+) -> LossFunction:
     """The algorithm's whole loss on one micro-batch; its report is a MicroStats."""
 
     def loss(logprobs: Tensor, entropy: Tensor, micro: MicroBatch) -> tuple[Tensor, MicroStats]:
-        result = objective(algorithm, logprobs, entropy, micro, num_sequences=num_sequences, mismatch=mismatch)
-        return result.loss, observe(micro, logprobs, entropy, result)
+        result = objective(
+            algorithm, logprobs, entropy, micro, num_sequences=num_sequences, mismatch=mismatch, cp_group=cp_group
+        )
+        return result.loss, observe(micro, logprobs, entropy, result, cp_group=cp_group)
 
     return loss
 

@@ -35,6 +35,7 @@ class Trainer:
             total_steps=config.train.rollout_batches * self.algorithm.mini_batches,
             temperature=config.rollout.temperature,
             keep_reference=self.algorithm.needs_reference,
+            memory=config.memory,
         )
         self.version = -1  # of the weights that the engines hold
         self.next_prompt = 0
@@ -84,7 +85,12 @@ class Trainer:
 
     def loss(self, batch: StepBatch) -> LossFunction:
         """The algorithm's loss on one micro-batch, with what is observed of it."""
-        return observed_loss(self.algorithm, self.mismatch, num_sequences=batch.num_global_sequences)
+        return observed_loss(
+            self.algorithm,
+            self.mismatch,
+            num_sequences=batch.num_global_sequences,
+            cp_group=self.job.groups.sequence_group,
+        )
 
     def sync(self) -> int:
         """Hand the policy's weights to the engines as a new version. Returns the bytes handed to this rank's engine."""

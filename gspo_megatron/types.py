@@ -61,7 +61,11 @@ class Sequence:
 @dataclass
 class MicroBatch:
     """Sequences packed end to end. Everything but token_ids and positions is target-aligned:
-    entry t concerns token t+1 of the same sequence, so a sequence's last entry is never used."""
+    entry t concerns token t+1 of the same sequence, so a sequence's last entry is never used.
+
+    Under context parallelism T and cu_seqlens are this rank's share: of each sequence, cut into twice as many
+    chunks as there are ranks, one from the front and one from the back. S, sequence_ids and [S] values are whole.
+    """
 
     token_ids: Tensor  # [T] int64
     targets: Tensor  # [T] int64
@@ -72,6 +76,7 @@ class MicroBatch:
     rollout_logprobs: Tensor  # [T] float32
     advantages: Tensor  # [S] or [T] float32
     max_seqlen: int  # the longest sequence, in tokens
+    num_padding_tokens: int  # of the whole pack, behind sequences and at its end
     old_logprobs: Tensor | None = None  # [T] float32, the trainer's recompute; last pipeline stage only
     reference_logprobs: Tensor | None = None  # [T] float32, last pipeline stage only
     routes: Tensor | None = None  # [T, moe_layers, k] int16
@@ -80,10 +85,6 @@ class MicroBatch:
     @property
     def num_tokens(self) -> int:
         return int(self.token_ids.numel())
-
-    @property
-    def num_padding_tokens(self) -> int:
-        return int((self.cu_seqlens.diff() * (self.sequence_ids < 0)).sum())
 
 
 @dataclass(frozen=True)

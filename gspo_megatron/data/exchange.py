@@ -1,7 +1,7 @@
 """From the sequences each head generated to the micro-batches of every rank.
 
 Heads exchange sequences so that each holds what the packing plan gives its replica, then broadcast them
-to their tensor- and pipeline-parallel peers. No rank ever holds the whole rollout batch.
+to their tensor-, context- and pipeline-parallel peers. No rank ever holds the whole rollout batch.
 """
 
 from __future__ import annotations
@@ -38,8 +38,15 @@ def distribute(
     lengths = _all_lengths(sequences, groups, device)
     size, rest = divmod(len(lengths), mini_batches)
     assert rest == 0, f"{len(lengths)} sequences do not split into {mini_batches} mini-batches"
+    layout = groups.layout
     plans = [
-        plan_packing(lengths[j * size : (j + 1) * size], data_parallel=groups.layout.data, token_budget=token_budget)
+        plan_packing(
+            lengths[j * size : (j + 1) * size],
+            data_parallel=layout.data,
+            token_budget=token_budget,
+            # The interleaved schedule takes micro-batches in rounds of as many as there are stages.
+            multiple_of=layout.pipeline if layout.virtual_pipeline > 1 else 1,
+        )
         for j in range(mini_batches)
     ]
     home = {
@@ -49,7 +56,7 @@ def distribute(
         for micro in micro_batches
         for i in micro
     }
-    outgoing: list[list[Sequence]] = [[] for _ in range(groups.layout.data)]
+    outgoing: list[list[Sequence]] = [[] for _ in range(layout.data)]
     for sequence in sequences:
         outgoing[home[sequence.index]].append(sequence)
     mine = {s.index: s for s in _exchange(outgoing, groups, device)}
@@ -59,9 +66,11 @@ def distribute(
         micro_batches = [
             pack(
                 [mine[j * size + i] for i in micro],
-                multiple_of=groups.layout.tensor,
                 pad_token_id=pad_token_id,
                 device=device,
+                tensor_parallel=layout.tensor,
+                context_parallel=layout.context,
+                context_rank=groups.coordinates.context,
             )
             for micro in plan.assignment[groups.coordinates.data]
         ]

@@ -20,12 +20,12 @@ class PackingPlan:
         return len(self.assignment[0])
 
 
-def plan_packing(lengths: Sequence[int], *, data_parallel: int, token_budget: int) -> PackingPlan:
+def plan_packing(lengths: Sequence[int], *, data_parallel: int, token_budget: int, multiple_of: int = 1) -> PackingPlan:
     """Balance sequences over data-parallel ranks, then over each rank's micro-batches.
 
     Longest first, each to the place with the fewest tokens so far. Every rank gets the same number of
-    micro-batches, none above `token_budget`; some may be empty. Depends on nothing but the arguments, so
-    every rank computes the same plan.
+    micro-batches, a multiple of `multiple_of`, none above `token_budget`; some may be empty. Depends on nothing
+    but the arguments, so every rank computes the same plan.
     """
     longest = max(lengths, default=0)
     if longest > token_budget:
@@ -35,11 +35,12 @@ def plan_packing(lengths: Sequence[int], *, data_parallel: int, token_budget: in
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     per_rank = _spread(order, lengths, data_parallel)
     count = max(1, *(-(-sum(lengths[i] for i in mine) // token_budget) for mine in per_rank))
+    count = -(-count // multiple_of) * multiple_of
     while True:
         packed = [_spread(mine, lengths, count) for mine in per_rank]
         if all(sum(lengths[i] for i in micro) <= token_budget for rank in packed for micro in rank):
             return PackingPlan(tuple(tuple(tuple(sorted(micro)) for micro in rank) for rank in packed))
-        count += 1
+        count += multiple_of
 
 
 def _spread(order: Sequence[int], lengths: Sequence[int], bins: int) -> list[list[int]]:

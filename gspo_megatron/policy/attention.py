@@ -1,22 +1,287 @@
-"""Core attention over packed sequences, without Transformer Engine."""
+"""Core attention over packed sequences under context parallelism, without Transformer Engine.
+
+Layout: under context parallelism each sequence of P tokens (P a multiple of 2·CP) is cut into 2·CP chunks
+of c tokens; rank r holds chunks r and 2·CP-1-r, one behind the other (zigzag), so that every rank has the same
+share of the causal triangle. The chunks of a rank are *segments*: the queries of a segment stay where they
+are, its keys are those of the sequence from the start to the segment's own end, gathered over the ranks. A
+segment is therefore one row of causal attention, aligned at the bottom right, with more keys than queries.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from gspo_megatron.errors import UserError
+from gspo_megatron.groups import Group
+
+KINDS = ("torch", "transformer_engine")
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+FLASH_MAX_HEAD_DIM = 256
+FLASH_MIN_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Segments spread out to rows of equal length, for scaled_dot_product_attention."""
+
+    query: Tensor  # [T] int64, place of each query in [N × longest_query]
+    key: Tensor  # [K] int64, place of each key in [N × longest_key]
+    mask: Tensor | None  # [N, 1, longest_query, longest_key] bool, what may be seen; None: plainly causal
+
+
+@dataclass
+class AttentionPlan:
+    """Which keys each segment looks at.
+
+    N segments: the S sequences without context parallelism, 2·S chunks with it. K keys in all: T, or
+    (2·CP+1)·c for each sequence.
+    """
+
+    num_tokens: int  # T, local
+    cu_seqlens_query: Tensor  # [N+1] int32, into the local tokens
+    cu_seqlens_key: Tensor  # [N+1] int32, into the keys picked by key_index
+    longest_query: int  # of a segment
+    longest_key: int
+    key_index: Tensor | None  # [K] int64, into the [CP·T] gathered keys; None without context parallelism
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Made when first asked for: the variable-length kernel does without."""
+        query = _places(self.cu_seqlens_query, self.num_tokens, self.longest_query)
+        if self.key_index is None:
+            return Rows(query, query, None)
+        key = _places(self.cu_seqlens_key, self.key_index.numel(), self.longest_key)
+        # The last query of a segment sees its last key. Rows behind a segment's end see more, are never all
+        # masked, and nobody reads them.
+        ahead = self.cu_seqlens_key.diff() - self.cu_seqlens_query.diff()
+        last_seen = torch.arange(self.longest_query, device=query.device) + ahead[:, None]  # [N, longest_query]
+        mask = torch.arange(self.longest_key, device=query.device) <= last_seen[..., None]
+        return Rows(query, key, mask[:, None])
+
+
+def plan_attention(
+    cu_seqlens: Tensor,  # [S+1] int32, local
+    longest: int,  # local
+    num_tokens: int,  # local
+    *,
+    context_rank: int,
+    context_size: int,
+) -> AttentionPlan:
+    """The plan of one rank. Pure; nothing is read back from the device, since all sizes follow from T."""
+    if context_size == 1:
+        return AttentionPlan(num_tokens, cu_seqlens, cu_seqlens, longest, longest, None)
+    assert longest % 2 == 0 and num_tokens % 2 == 0, f"{longest=}, {num_tokens=}: a rank holds two chunks of each"
+    chunk = cu_seqlens.diff() // 2  # [S], tokens in a chunk
+    front, back = context_rank + 1, 2 * context_size - context_rank  # chunks that a segment looks at
+    cu_keys = _offsets(torch.stack([chunk * front, chunk * back], 1).flatten())
+    segment, position = _segment_of(cu_keys, num_tokens // 2 * (front + back))
+    sequence = segment // 2
+    chunk_size = chunk.long()[sequence]
+    at, within = position // chunk_size, position % chunk_size  # at: which of the sequence's 2·CP chunks
+    second = at >= context_size  # the second of the two that its rank holds
+    rank = torch.where(second, 2 * context_size - 1 - at, at)
+    return AttentionPlan(
+        num_tokens=num_tokens,
+        cu_seqlens_query=_offsets(torch.stack([chunk, chunk], 1).flatten()),
+        cu_seqlens_key=cu_keys,
+        longest_query=longest // 2,
+        longest_key=longest // 2 * back,
+        key_index=rank * num_tokens + cu_seqlens.long()[sequence] + second * chunk_size + within,
+    )
+
+
+@dataclass(kw_only=True)
+class PackedSequences(PackedSeqParams):
+    """Megatron's parameters of a packed micro-batch, and our attention's plan for it.
+
+    Megatron's own fields hold global, padded offsets: rotary embeddings and Transformer Engine take this
+    rank's share by themselves.
+    """
+
+    cu_seqlens: Tensor  # [S+1] int32, local
+    longest: int  # local
+    context_rank: int
+    context_size: int
+    _plan: AttentionPlan | None = None
+
+    def plan(self, num_tokens: int) -> AttentionPlan:
+        """The plan for the T local tokens; made by the first layer, kept for the others and for recomputation."""
+        if self._plan is None:
+            self._plan = plan_attention(
+                self.cu_seqlens,
+                self.longest,
+                num_tokens,
+                context_rank=self.context_rank,
+                context_size=self.context_size,
+            )
+        assert self._plan.num_tokens == num_tokens, f"planned for {self._plan.num_tokens} tokens, given {num_tokens}"
+        return self._plan
+
+
+def packed_sequences(
+    cu_seqlens: Tensor,  # [S+1] int32, local
+    longest: int,  # local
+    *,
+    context_rank: int,
+    context_size: int,
+) -> PackedSequences:
+    """What the model takes as `packed_seq_params` of one micro-batch.
+
+    With context_size > 1 every sequence's local length is even, two chunks; without it is any.
+    """
+    offsets = cu_seqlens * context_size
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=offsets,
+        cu_seqlens_kv=offsets,
+        max_seqlen_q=longest * context_size,
+        max_seqlen_kv=longest * context_size,
+        cu_seqlens=cu_seqlens,
+        longest=longest,
+        context_rank=context_rank,
+        context_size=context_size,
+    )
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _segment_of(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Of each token, its segment and its position in the segment. [num_tokens] int64 each."""
+    token = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    segment = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    return segment, token - cu_seqlens.long()[segment]
+
+
+def _places(cu_seqlens: Tensor, num_tokens: int, longest: int) -> Tensor:
+    segment, position = _segment_of(cu_seqlens, num_tokens)
+    return segment * longest + position
+
+
+class GatherKeys(torch.autograd.Function):
+    """Keys and values of the segments, from all ranks of the context-parallel group.
+
+    One all-gather for both; backward one reduce-scatter, its sums in float32 or better.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, value: Tensor, index: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+        """key, value [T, groups, head_dim], index [K] -> keys and values [K, groups, head_dim]."""
+        ctx.save_for_backward(index)
+        ctx.group, ctx.dtype = group, key.dtype
+        local = torch.stack([key, value], 1)  # [T, 2, groups, head_dim]
+        gathered = local.new_empty((group.size() * local.shape[0], *local.shape[1:]))
+        dist.all_gather_into_tensor(gathered, local, group=group)
+        ctx.shape = gathered.shape
+        return gathered[:, 0].index_select(0, index), gathered[:, 1].index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        dtype = torch.promote_types(ctx.dtype, torch.float32)
+        gathered = torch.zeros(ctx.shape, dtype=dtype, device=index.device)
+        for part, gradient in enumerate(gradients):
+            # Twice at most a key is one rank's: a sum of two does not depend on their order.
+            gathered[:, part].index_add_(0, index, gradient.to(dtype))
+        local = gathered.new_empty((ctx.shape[0] // ctx.group.size(), *ctx.shape[1:]))
+        dist.reduce_scatter_tensor(local, gathered, group=ctx.group)
+        key, value = local.to(ctx.dtype).unbind(1)
+        return key, value, None, None
+
+
+def _find_varlen_attn() -> Callable[..., Tensor] | None:
+    """torch's variable-length flash attention, if this torch has it with all that is asked of it."""
+    if find_spec("torch.nn.attention.varlen") is None:
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size", "enable_gqa"} <= known.keys():
+        return None
+    return cast("Callable[..., Tensor]", varlen_attn)  # one tensor where no auxiliary output is asked for
+
+
+_varlen_attn = _find_varlen_attn()
+
+
+def uses_flash(query: Tensor) -> bool:
+    """Whether `attend` takes torch's variable-length flash attention, else scaled_dot_product_attention.
+
+    Flash: a CUDA device of capability 8.0 or more, bfloat16 or float16, a head_dim that is a multiple of 8
+    up to 256, a torch with `varlen_attn` (grouped queries included) and built with flash attention.
+    """
+    head_dim = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in FLASH_DTYPES
+        and head_dim % 8 == 0
+        and head_dim <= FLASH_MAX_HEAD_DIM
+        and _varlen_attn is not None
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(query.device) >= FLASH_MIN_CAPABILITY
+    )
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, *, scale: float) -> Tensor:
+    """Causal attention of each segment's queries to its keys.
+
+    query [T, heads, head_dim]; key, value [K, groups, head_dim], as picked by `key_index`
+    -> [T, heads, head_dim]. `uses_flash` decides by what.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if uses_flash(query):
+        assert _varlen_attn is not None
+        return _varlen_attn(
+            query,
+            key,
+            value,
+            plan.cu_seqlens_query,
+            plan.cu_seqlens_key,
+            plan.longest_query,
+            plan.longest_key,
+            scale=scale,
+            window_size=(-1, 0),  # causal; flash attention aligns it at the bottom right
+            enable_gqa=grouped,
+        )
+    rows = plan.rows
+    num_segments = plan.cu_seqlens_query.numel() - 1
+
+    def spread(x: Tensor, place: Tensor, longest: int) -> Tensor:  # [N, heads, longest, head_dim]
+        spread = x.new_zeros((num_segments * longest, *x.shape[1:])).index_copy(0, place, x)
+        return spread.view(num_segments, longest, *x.shape[1:]).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(
+        spread(query, rows.query, plan.longest_query),
+        spread(key, rows.key, plan.longest_key),
+        spread(value, rows.key, plan.longest_key),
+        attn_mask=rows.mask,
+        is_causal=rows.mask is None,
+        scale=scale,
+        enable_gqa=grouped,
+    )
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, rows.query)
+
 
 class PackedAttention(MegatronModule):
-    """Causal attention within each sequence of a pack (Megatron's THD format).
+    """Causal attention within each sequence of a pack (Megatron's THD format), over the context-parallel group.
 
-    The pack is spread out to [S, longest] rows for scaled_dot_product_attention; a causal mask keeps the
-    padding behind each row's end out of the row itself.
+    Constructed as Megatron constructs a core attention. `cp_comm_type` is Transformer Engine's affair: here
+    keys and values are always gathered.
     """
 
     def __init__(
@@ -28,10 +293,15 @@ class PackedAttention(MegatronModule):
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
-        pg_collection: Any = None,
+        pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        assert dropout == 0 and config.window_size is None and not config.apply_query_key_layer_scaling
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+        self.cp_group: Group = pg_collection.cp
+        self.scale: float = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
     def forward(
         self,
@@ -43,23 +313,30 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:  # [T, heads × head_dim]
-        assert packed_seq_params is not None and attention_bias is None
-        cu_seqlens, longest = packed_seq_params.cu_seqlens_q, int(packed_seq_params.max_seqlen_q)
-        num_tokens = query.shape[0]
-        token = torch.arange(num_tokens, device=query.device, dtype=cu_seqlens.dtype)
-        row = torch.searchsorted(cu_seqlens, token, right=True) - 1
-        place = row * longest + (token - cu_seqlens[row])  # of each token among the spread-out rows
+        assert attention_mask is None and attention_bias is None
+        assert isinstance(packed_seq_params, PackedSequences), "packed_seq_params come from packed_sequences()"
+        plan = packed_seq_params.plan(query.shape[0])
+        if plan.key_index is not None:
+            assert packed_seq_params.context_size == self.cp_group.size()
+            key, value = GatherKeys.apply(key, value, plan.key_index, self.cp_group)
+        return attend(query, key, value, plan, scale=self.scale).flatten(1)
 
-        def spread(x: Tensor) -> Tensor:  # [S, heads, longest, head_dim]
-            rows = x.new_zeros(((cu_seqlens.numel() - 1) * longest, *x.shape[1:])).index_copy(0, place, x)
-            return rows.view(-1, longest, *x.shape[1:]).transpose(1, 2)
 
-        out = F.scaled_dot_product_attention(
-            spread(query),
-            spread(key),
-            spread(value),
-            is_causal=True,
-            scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+def core_attention(kind: str) -> type[torch.nn.Module]:
+    """The class of core attention by `model.attention`, for a layer's ModuleSpec.
+
+    "torch" is PackedAttention; "transformer_engine" is Megatron's wrapper of Transformer Engine's.
+    Raises UserError if Transformer Engine is asked for and not installed, or for another kind.
+    """
+    if kind == "torch":
+        return PackedAttention
+    if kind != "transformer_engine":
+        raise UserError(f"model.attention={kind!r}; use one of {', '.join(KINDS)}")
+    from megatron.core.extensions import transformer_engine
+
+    if not transformer_engine.HAVE_TE:
+        raise UserError(
+            'model.attention="transformer_engine", but Transformer Engine is not installed; '
+            'install it or set model.attention="torch"'
         )
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, place).flatten(1)
+    return transformer_engine.TEDotProductAttention

@@ -146,6 +146,15 @@ def te_general_gemm() -> None:
         moe_utils.te_general_gemm = None
 
 
+def te_version() -> None:
+    """megatron.core.optimizer.optimizer_config compares the version of Transformer Engine with none installed."""
+    from megatron.core.optimizer import optimizer_config
+    from megatron.core.utils import get_te_version
+
+    if get_te_version() is None:
+        optimizer_config.is_te_min_version = lambda version, check_equality=True: False
+
+
 def split_sizes() -> None:
     """token_dispatcher.maybe_move_tensor_to_cpu leaves host tensors where all-to-all needs numbers."""
     from megatron.core.transformer.moe import token_dispatcher
@@ -222,6 +231,14 @@ PATCHES = (
     Patch(tensor_type_in_optimizer, ("torch:Tensor.type",)),
     Patch(tensor_cuda, ("torch:Tensor.cuda",)),
     Patch(te_general_gemm, ("megatron.core.transformer.moe.moe_utils:RouterGatingLinearFunction",), True),
+    Patch(
+        te_version,
+        (
+            "megatron.core.optimizer.optimizer_config:is_te_min_version",
+            "megatron.core.utils:get_te_version",
+        ),
+        True,
+    ),
     Patch(split_sizes, ("megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",)),
     Patch(
         uneven_collectives,

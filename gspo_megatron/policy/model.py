@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from gspo_megatron import ops
-from gspo_megatron.device import current_device
+from gspo_megatron.config import MemoryConfig, ModelConfig
+from gspo_megatron.device import DTYPES, current_device
 from gspo_megatron.parallel import ParallelLayout
-from gspo_megatron.policy.attention import PackedAttention
+from gspo_megatron.policy.attention import core_attention
+from gspo_megatron.policy.experts import GroupedExperts
 from gspo_megatron.policy.norm import RMSNorm
+from gspo_megatron.policy.weights import Slot
 from gspo_megatron.weights.families.base import ModelFields
 from gspo_megatron.weights.rules import TensorSpec, padded_vocab_size
 
@@ -74,9 +77,19 @@ class PolicyModel(GPTModel):
         return self.output_layer(hidden_states, labels, temperature=self.temperature, weight=weight)
 
 
-def transformer_config(fields: ModelFields, layout: ParallelLayout, *, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of the model. `calculate_per_token_loss` must be set here, before the
-    model and DDP copy it: it makes Megatron divide by nothing, and the loss carries its own 1/N."""
+RECOMPUTATION: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def transformer_config(
+    fields: ModelFields, layout: ParallelLayout, model: ModelConfig, memory: MemoryConfig
+) -> TransformerConfig:
+    """Megatron's configuration of the model."""
+    dtype = DTYPES[model.dtype]
     moe: dict[str, Any] = {}
     if fields.num_experts is not None:
         moe = {
@@ -90,7 +103,11 @@ def transformer_config(fields: ModelFields, layout: ParallelLayout, *, dtype: to
             "moe_router_dtype": "fp32",
             "moe_grouped_gemm": False,
         }
-    return TransformerConfig(
+    pipeline: dict[str, Any] = {}
+    if layout.virtual_pipeline > 1:
+        # With Megatron's defaults the interleaved schedule exchanges the wrong activations, without an error.
+        pipeline = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    config = TransformerConfig(
         num_layers=fields.num_layers,
         hidden_size=fields.hidden_size,
         num_attention_heads=fields.num_attention_heads,
@@ -107,6 +124,7 @@ def transformer_config(fields: ModelFields, layout: ParallelLayout, *, dtype: to
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
@@ -126,42 +144,70 @@ def transformer_config(fields: ModelFields, layout: ParallelLayout, *, dtype: to
         apply_rope_fusion=False,
         attention_softmax_in_fp32=True,
         calculate_per_token_loss=True,
+        **RECOMPUTATION[memory.recompute],
+        **pipeline,
         **moe,
     )
+    check_traps(config)
+    return config
 
 
-def _block_spec(config: TransformerConfig) -> Any:
-    """Megatron's own block without Transformer Engine, with our attention and norms."""
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+def check_traps(config: TransformerConfig) -> None:
+    """Assert what Megatron-Core 0.16.1 computes wrongly, without an error, when it is set otherwise.
+
+    The model, its routers and DDP copy some of it: check before each is built.
+    """
+    # The loss carries its own 1/N. Set after DDP was built, this halves gradients over two data-parallel ranks.
+    assert config.calculate_per_token_loss, "Megatron would divide by micro-batches and ranks of its own choice"
+    if config.virtual_pipeline_model_parallel_size is not None:
+        assert config.overlap_p2p_comm and not config.batch_p2p_comm, "the interleaved schedule mixes up activations"
+    if config.num_moe_experts is not None:
+        # Scaled by the local token count, and off by a part of the norm under tensor with sequence parallelism.
+        assert config.moe_router_load_balancing_type == "none" and config.moe_z_loss_coeff is None
+    assert not config.moe_router_fusion, "the fused router leaves no room to replay routes"
+    assert config.tensor_model_parallel_size == 1 or config.sequence_parallel
+
+
+def _block_spec(config: TransformerConfig, model: ModelConfig, chunk: int | None) -> Any:
+    """Megatron's own block without Transformer Engine's layers, with our attention, experts and norms."""
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=chunk)
     spec.layer_norm = RMSNorm
     for layer in spec.layer_specs:
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
         attention = parts.self_attention.submodules
-        attention.core_attention = ModuleSpec(module=PackedAttention)
+        attention.core_attention = ModuleSpec(module=core_attention(model.attention))
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+        if model.experts == "grouped" and hasattr(parts.mlp.submodules, "experts"):
+            parts.mlp.submodules.experts = ModuleSpec(module=GroupedExperts)
     return spec
 
 
-def build_model(fields: ModelFields, config: TransformerConfig, layout: ParallelLayout) -> list[PolicyModel]:
-    """This rank's model chunks, without weights."""
-    model = PolicyModel(
-        config=config,
-        transformer_layer_spec=_block_spec(config),
-        vocab_size=padded_vocab_size(fields.vocab_size, layout.tensor),
-        real_vocab_size=fields.vocab_size,
-        max_sequence_length=fields.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=fields.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=fields.rope_theta,
-    )
-    return [model.to(device=current_device(), dtype=config.params_dtype)]
+def build_model(
+    fields: ModelFields, config: TransformerConfig, layout: ParallelLayout, model: ModelConfig
+) -> list[PolicyModel]:
+    """This rank's model chunks, one for each round of the pipeline, without weights."""
+    chunks = []
+    for chunk in range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else [None]:
+        built = PolicyModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, model, chunk),
+            vocab_size=padded_vocab_size(fields.vocab_size, layout.tensor),
+            real_vocab_size=fields.vocab_size,
+            max_sequence_length=fields.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+            share_embeddings_and_output_weights=fields.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=fields.rope_theta,
+            vp_stage=chunk,
+        )
+        chunks.append(built.to(device=current_device(), dtype=config.params_dtype))
+    return chunks
 
 
-def mark_parallel(parameters: Iterable[tuple[str, Tensor]], specs: Iterable[TensorSpec]) -> None:
+def mark_parallel(slots: Iterable[Slot], specs: Iterable[TensorSpec]) -> None:
     """Tell Megatron which parameters are shards, and which are experts. Before DDP sorts them into buffers.
 
     Megatron marks shards while it initialises weights, which we don't let it do; an unmarked one counts as a
@@ -170,18 +216,26 @@ def mark_parallel(parameters: Iterable[tuple[str, Tensor]], specs: Iterable[Tens
     over the tensor-parallel ranks would never be summed.
     """
     by_name = {spec.megatron: spec for spec in specs}
-    for name, parameter in parameters:
-        spec = by_name[name]
+    for slot in slots:
+        spec = by_name[slot.name]
         sharded = spec.dim is not None or spec.expert is not None
-        attributes = {"tensor_model_parallel": sharded, "partition_dim": spec.dim or 0, "partition_stride": 1}
+        stacked = slot.index is not None  # one axis more than the rule knows of
+        attributes = {
+            "tensor_model_parallel": sharded,
+            "partition_dim": (spec.dim or 0) + stacked,
+            "partition_stride": 1,
+        }
         if spec.expert is not None:
             attributes["allreduce"] = False  # reduced over the expert-data-parallel group
         for attribute, value in attributes.items():
-            setattr(parameter, attribute, value)
+            setattr(slot.parameter, attribute, value)
 
 
-def global_parameters(chunks: list[Any], layout: ParallelLayout, fields: ModelFields) -> Iterator[tuple[str, Tensor]]:
-    """This rank's parameters under their names in the whole model: global layer and expert numbers."""
+def parameter_slots(chunks: Sequence[Any], layout: ParallelLayout, fields: ModelFields) -> Iterator[Slot]:
+    """This rank's parameters under their names in the whole model: global layer and expert numbers.
+
+    A parameter that stacks experts gives one slot for each.
+    """
     experts_here = (fields.num_experts or 0) // layout.expert
     first_expert = parallel_state.get_expert_model_parallel_rank() * experts_here
     for chunk in chunks:
@@ -193,4 +247,9 @@ def global_parameters(chunks: list[Any], layout: ParallelLayout, fields: ModelFi
             if "local_experts" in parts:
                 at = parts.index("local_experts") + 1
                 parts[at] = str(int(parts[at]) + first_expert)
-            yield ".".join(parts), parameter
+            if parts[-2] == "experts":  # GroupedExperts: weight1, weight2
+                prefix, product = ".".join(parts[:-1]), parts[-1].removeprefix("weight")
+                for i in range(parameter.shape[0]):
+                    yield Slot(f"{prefix}.local_experts.{first_expert + i}.linear_fc{product}.weight", parameter, i)
+            else:
+                yield Slot(".".join(parts), parameter)

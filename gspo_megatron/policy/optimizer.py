@@ -11,27 +11,44 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from gspo_megatron.config import OptimizerConfig
-from gspo_megatron.policy.model import PolicyModel
+from gspo_megatron.config import MemoryConfig, OptimizerConfig
+from gspo_megatron.policy.model import PolicyModel, check_traps
 
 
-def wrap_ddp(chunks: list[PolicyModel], config: TransformerConfig) -> list[DistributedDataParallel]:
-    """Gradient buffers in float32, reduce-scattered to the ranks of the distributed optimizer."""
-    assert config.calculate_per_token_loss, "must be set before DDP copies it"
+def wrap_ddp(
+    chunks: list[PolicyModel], config: TransformerConfig, settings: OptimizerConfig
+) -> list[DistributedDataParallel]:
+    """Gradient buffers in float32, reduced over the ranks that hold the same parameters."""
+    check_traps(config)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=False,
+        use_distributed_optimizer=settings.distributed,
+        overlap_grad_reduce=settings.overlap_grad_reduce,
+        overlap_param_gather=settings.overlap_param_gather,
         average_in_collective=False,
         check_for_nan_in_grad=True,  # a NaN ends the run before it reaches the weights
     )
     wrapped = [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
     config.finalize_model_grads_func = finalize_model_grads
+    if settings.overlap_grad_reduce:  # only the last micro-batch's backward pass may start the reduction
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
 
 
-def build_optimizer(chunks: list[DistributedDataParallel], settings: OptimizerConfig, dtype: torch.dtype) -> Any:
+def build_optimizer(
+    chunks: list[DistributedDataParallel], settings: OptimizerConfig, memory: MemoryConfig, dtype: torch.dtype
+) -> Any:
     """AdamW over the wrapped chunks."""
+    offload: dict[str, Any] = {}
+    if memory.offload_optimizer > 0:
+        offload = {
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": memory.offload_optimizer,
+            "use_precision_aware_optimizer": True,
+            "pin_cpu_grads": torch.cuda.is_available(),
+            "pin_cpu_params": torch.cuda.is_available(),
+        }
     config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -44,7 +61,9 @@ def build_optimizer(chunks: list[DistributedDataParallel], settings: OptimizerCo
         clip_grad=settings.clip_grad or float("inf"),
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=settings.distributed,
+        overlap_param_gather=settings.overlap_param_gather,
+        **offload,
     )
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
 

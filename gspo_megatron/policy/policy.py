@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from gspo_megatron.config import ModelConfig, OptimizerConfig
+from gspo_megatron.config import MemoryConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.device import DTYPES, current_device
 from gspo_megatron.groups import ProcessGroups
-from gspo_megatron.policy.model import build_model, global_parameters, mark_parallel, transformer_config
+from gspo_megatron.policy.model import build_model, mark_parallel, parameter_slots, transformer_config
 from gspo_megatron.policy.optimizer import build_optimizer, build_schedule, wrap_ddp
 from gspo_megatron.policy.step import LossFunction, forward_backward, forward_only
 from gspo_megatron.policy.weights import PolicyWeights, ReferenceWeights
@@ -43,25 +43,27 @@ class MegatronPolicy:
         total_steps: int,
         temperature: float = 1.0,
         keep_reference: bool = False,
+        memory: MemoryConfig | None = None,
     ) -> None:
+        memory = memory or MemoryConfig()
         self.groups, self.source = groups, Path(model.path)
         self.family, self.fields = load_fields(model.path)
-        dtype = DTYPES[model.dtype]
-        config = transformer_config(self.fields, groups.layout, dtype=dtype)
-        chunks = build_model(self.fields, config, groups.layout)
+        config = transformer_config(self.fields, groups.layout, model, memory)
+        chunks = build_model(self.fields, config, groups.layout, model)
         for chunk in chunks:
             chunk.temperature = temperature
-        parameters = list(global_parameters(chunks, groups.layout, self.fields))
-        self.weights = PolicyWeights(self.family, self.fields, groups, parameters)
-        mark_parallel(parameters, self.weights.specs)
+        slots = list(parameter_slots(chunks, groups.layout, self.fields))
+        self.weights = PolicyWeights(self.family, self.fields, groups, slots)
+        mark_parallel(slots, self.weights.specs)
         if model.init == "weights":
             self.weights.load(model.path)
         else:
             self.weights.randomize(seed)
-        self.chunks = wrap_ddp(chunks, config)
-        self.optimizer = build_optimizer(self.chunks, optimizer, dtype)
+        self.settings, self.memory = optimizer, memory
+        self.chunks = wrap_ddp(chunks, config, optimizer)
+        self.optimizer = build_optimizer(self.chunks, optimizer, memory, DTYPES[model.dtype])
         self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
-        self.reference = ReferenceWeights(list(self.weights.parameters.values())) if keep_reference else None
+        self.reference = ReferenceWeights(self.weights.parameters) if keep_reference else None
 
     def fill_old_logprobs(self, batches: Sequence[StepBatch]) -> None:
         """Set old_logprobs of every micro-batch, on the last pipeline stage, from a pass without gradient."""
@@ -72,6 +74,7 @@ class MegatronPolicy:
     def fill_reference_logprobs(self, batches: Sequence[StepBatch]) -> None:
         """Set reference_logprobs of every micro-batch, on the last pipeline stage."""
         assert self.reference is not None
+        self._finish_parameters()
         with self.reference:
             for batch in batches:
                 for micro, logprobs in zip(batch.micro_batches, self._logprobs(batch.micro_batches), strict=False):
@@ -84,6 +87,8 @@ class MegatronPolicy:
     def train_step(self, batch: StepBatch, loss_function: LossFunction) -> StepResult:
         """One optimizer step on the loss summed over all micro-batches of all ranks."""
         for chunk in self.chunks:
+            if self.memory.offload_gradients:
+                chunk.restore_grad_buffers()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = forward_backward(self.chunks, batch.micro_batches, loss_function)
@@ -95,7 +100,17 @@ class MegatronPolicy:
 
     def export(self, destinations: Sequence[int]) -> Iterator[list[NamedTensor]]:
         """Buckets of HF-named tensors, at the destination ranks."""
+        self._finish_parameters()
+        if self.memory.offload_gradients:
+            for chunk in self.chunks:
+                chunk.offload_grad_buffers()
         return self.weights.export(destinations)
+
+    def _finish_parameters(self) -> None:
+        """Wait for parameters whose gathering was left to the next forward pass."""
+        if self.settings.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def save_hf(self, folder: Path) -> None:
         """Write the weights as a Hugging Face folder, from rank 0, bucket by bucket."""

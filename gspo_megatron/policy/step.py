@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from gspo_megatron.policy.attention import packed_sequences
 from gspo_megatron.types import MicroBatch
 
 # (logprobs[T], entropy[T], micro_batch) -> (loss, whatever the caller wants to know about the micro-batch)
@@ -53,6 +54,9 @@ def _run(
     *,
     forward_only: bool,
 ) -> list[Any]:
+    context_rank = parallel_state.get_context_parallel_rank()
+    context_size = parallel_state.get_context_parallel_world_size()
+
     def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         micro = next(batches)
         output = model(
@@ -60,7 +64,9 @@ def _run(
             position_ids=micro.positions[None],
             attention_mask=None,
             labels=micro.targets[None],
-            packed_seq_params=_packed(micro),
+            packed_seq_params=packed_sequences(
+                micro.cu_seqlens, micro.max_seqlen, context_rank=context_rank, context_size=context_size
+            ),
         )
 
         def after(output: Tensor, non_loss_data: bool = False) -> Any:
@@ -68,23 +74,15 @@ def _run(
 
         return output, after
 
+    # Each model chunk of the interleaved schedule reads every micro-batch, from an iterator of its own.
+    iterators = [iter(micro_batches) for _ in chunks]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks),
         num_microbatches=len(micro_batches),
         seq_length=max(m.num_tokens for m in micro_batches),
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
-    )
-
-
-def _packed(micro: MicroBatch) -> PackedSeqParams:
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=micro.cu_seqlens,
-        cu_seqlens_kv=micro.cu_seqlens,
-        max_seqlen_q=micro.max_seqlen,
-        max_seqlen_kv=micro.max_seqlen,
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.types import NamedTensor
@@ -18,19 +20,40 @@ from gspo_megatron.weights.rules import TensorSpec
 BUCKET_NUMEL = 64 * 2**20
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor of the rule table lies on this rank: a parameter, or a slice of one that stacks experts."""
+
+    name: str  # TensorSpec.megatron
+    parameter: Parameter
+    index: int | None = None  # along the parameter's first axis
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This slot's part of a tensor that is laid out like the parameter, such as its gradient."""
+        return tensor if self.index is None else tensor[self.index]
+
+    @property
+    def tensor(self) -> Tensor:
+        """A view of the weights. Taken anew each time: DDP moves parameters into buffers of its own."""
+        return self.of(self.parameter.detach())
+
+
 class PolicyWeights:
     """The rule table of the model applied to this rank's parameters."""
 
-    def __init__(
-        self, family: Family, fields: ModelFields, groups: ProcessGroups, parameters: Sequence[tuple[str, Tensor]]
-    ) -> None:
+    def __init__(self, family: Family, fields: ModelFields, groups: ProcessGroups, slots: Iterable[Slot]) -> None:
         self.fields, self.groups = fields, groups
         self.specs = family.specs(fields)
-        self.parameters = dict(parameters)
+        self.slots = {slot.name: slot for slot in slots}
         self.counters = GatherCounters()
         self._plans: dict[tuple[int, ...], GatherPlan] = {}
         known = {spec.megatron for spec in self.specs}
-        assert self.parameters.keys() <= known, f"parameters without a rule: {sorted(self.parameters.keys() - known)}"
+        assert self.slots.keys() <= known, f"parameters without a rule: {sorted(self.slots.keys() - known)}"
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """This rank's parameters, each once."""
+        return list({id(slot.parameter): slot.parameter for slot in self.slots.values()}.values())
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> HFCheckpoint:
@@ -54,18 +77,23 @@ class PolicyWeights:
     def _fill(self, read: Callable[[TensorSpec], list[Tensor]]) -> None:
         layout, place = self.groups.layout, self.groups.coordinates
         for spec in self.specs:
-            parameter = self.parameters.get(spec.megatron)
-            if parameter is None:
+            slot = self.slots.get(spec.megatron)
+            if slot is None:
                 continue
             whole = spec.codec.to_megatron(read(spec))
             if spec.dim is not None:
                 index = place.expert_tensor if spec.expert is not None else place.tensor
                 whole = spec.codec.shard(whole, spec.dim, index, spec.num_shards(layout))
-            assert whole.shape == parameter.shape, (spec.megatron, whole.shape, parameter.shape)
-            parameter.copy_(whole)
+            assert whole.shape == slot.tensor.shape, (spec.megatron, whole.shape, slot.tensor.shape)
+            slot.tensor.copy_(whole)
 
-    def export(self, destinations: Sequence[int]) -> Iterator[list[NamedTensor]]:
-        """Buckets of HF-named tensors at the destination ranks; empty lists elsewhere. Collective."""
+    def export(
+        self, destinations: Sequence[int], local: Mapping[str, Tensor] | None = None
+    ) -> Iterator[list[NamedTensor]]:
+        """Buckets of HF-named tensors at the destination ranks; empty lists elsewhere. Collective.
+
+        `local` gives other tensors than the weights, laid out like them, by slot name: gradients, say.
+        """
         plan = self._plans.get(tuple(destinations))
         if plan is None:
             plan = self._plans[tuple(destinations)] = plan_gather(
@@ -76,7 +104,8 @@ class PolicyWeights:
                 destinations=destinations,
                 bucket_numel=BUCKET_NUMEL,
             )
-        local = {name: p.detach() for name, p in self.parameters.items()}
+        if local is None:
+            local = {name: slot.tensor for name, slot in self.slots.items()}
         yield from gather_buckets(plan, local, self.groups, self.counters)
 
 

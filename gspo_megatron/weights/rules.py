@@ -147,9 +147,9 @@ class TensorSpec:
         return layout.expert_tensor if self.expert is not None else layout.tensor
 
     def pipeline_stage(self, layout: ParallelLayout, num_layers: int) -> int:
-        """The pipeline rank that holds it."""
+        """The pipeline rank that holds it: the model's chunks go round the ranks, virtual_pipeline times."""
         if self.layer is not None:
-            return self.layer * layout.pipeline // num_layers
+            return self.layer * layout.pipeline * layout.virtual_pipeline // num_layers % layout.pipeline
         return 0 if self.megatron.startswith("embedding.") else layout.pipeline - 1
 
 

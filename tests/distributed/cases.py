@@ -19,7 +19,6 @@ from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.policy.runtime import initialize
 from gspo_megatron.policy.step import forward_only
-from gspo_megatron.policy.weights import PolicyWeights
 from gspo_megatron.types import Sequence
 from tests.distributed.tiny_models import make_sequences
 
@@ -44,10 +43,15 @@ def scatter(groups: ProcessGroups, sequences: list[Sequence]) -> list[Sequence]:
     return sequences[groups.coordinates.data :: layout.data] if groups.is_head else []
 
 
-def logits(layout: dict[str, int], folder: str, lengths: list[int], vocab: int) -> dict[int, torch.Tensor] | None:
-    """[L, vocab] logits of each sequence, from the ranks of the last stage with tensor rank 0."""
+def logits(
+    layout: dict[str, int], folder: str, lengths: list[int], vocab: int, model: dict[str, Any] | None = None
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]] | None:
+    """(positions [l], logits [l, vocab]) of each sequence, as far as the rank holds it, from the ranks of the last
+    stage with tensor rank 0."""
     groups = join(layout)
-    policy = make_policy(groups, folder)
+    policy = MegatronPolicy(
+        ModelConfig(path=folder, **(model or {})), OptimizerConfig(), groups, seed=0, total_steps=10
+    )
     sequences = make_sequences(lengths, vocab, seed=3)
     [batch] = distribute(
         scatter(groups, sequences),
@@ -59,14 +63,14 @@ def logits(layout: dict[str, int], folder: str, lengths: list[int], vocab: int) 
     )
     captured: list[torch.Tensor] = []
     if groups.is_last_stage:
-        head = policy.chunks[0].module.output_layer
+        head = policy.chunks[-1].module.output_layer
         head.register_forward_pre_hook(lambda module, args: captured.append(args[0].detach()))
     forward_only(policy.chunks, batch.micro_batches)
     if not groups.is_last_stage:
         return None
-    model = policy.chunks[0].module
-    tied = model.share_embeddings_and_output_weights
-    weight = (model.shared_embedding_or_output_weight() if tied else model.output_layer.weight).detach()
+    last = policy.chunks[-1].module
+    tied = last.share_embeddings_and_output_weights
+    weight = (last.shared_embedding_or_output_weight() if tied else last.output_layer.weight).detach()
     out = {}
     for micro, hidden in zip(batch.micro_batches, captured, strict=True):
         parts = [torch.empty_like(hidden) for _ in range(groups.tp.size())]
@@ -79,8 +83,10 @@ def logits(layout: dict[str, int], folder: str, lengths: list[int], vocab: int) 
         whole = torch.cat(shards, -1)[:, :vocab]
         starts = micro.cu_seqlens.tolist()
         for i, index in enumerate(micro.sequence_ids.tolist()):
+            positions = micro.positions[starts[i] : starts[i + 1]]
+            real = positions < (lengths[index] if index >= 0 else 0)
             if index >= 0:
-                out[index] = whole[starts[i] : starts[i + 1]].cpu()
+                out[index] = (positions[real].cpu(), whole[starts[i] : starts[i + 1]][real].cpu())
     return out if groups.coordinates.tensor == 0 else None
 
 
@@ -96,7 +102,7 @@ def round_trip(layout: dict[str, int], folder: str) -> dict[str, Any]:
             exported[item.name] = item.tensor.clone()
     return {
         "exported": exported,
-        "local_numel": sum(p.numel() for p in policy.weights.parameters.values()),
+        "local_numel": sum(p.numel() for p in policy.weights.parameters),
         "received_bytes": policy.weights.counters.received_bytes,
         "is_head": groups.is_head,
     }
@@ -108,7 +114,8 @@ def save(layout: dict[str, int], folder: str, out: str) -> None:
     policy.save_hf(Path(out))
 
 
-# Wanted log s of each sequence and its advantage: every branch of the clip 3e-4/4e-4 with dual clip 1.001.
+# Length of each sequence, wanted log s and advantage: every branch of the clip 3e-4/4e-4 with dual clip 1.001.
+STEP_LENGTHS = [9, 14, 6, 21, 11, 8, 17, 5, 4, 10, 26, 7]
 BRANCHES = [
     (8e-4, 1.0),  # above, A > 0: clipped
     (8e-4, -0.7),  # above, A < 0: kept
@@ -123,48 +130,57 @@ BRANCHES = [
     (-6e-4, 1.1),
     (7e-4, 0.3),
 ]
-STEP_LENGTHS = [9, 14, 6, 21, 11, 8, 17, 5, 4, 10, 26, 7]
+# A batch of hard cases, response tokens at the end of each: a prompt so long that a context-parallel rank holds no
+# response token, a response of one token, and nothing but masked tokens.
+EDGE_LENGTHS = [24, 4, 22]
+EDGE_RESPONSES = [3, 1, 0]
+EDGE_BRANCHES = [(1e-4, 0.5), (-8e-4, 0.9), (0.0, 0.6)]
 
 
-def step_sequences(vocab: int) -> list[Sequence]:
-    """The fixed batch of the invariance tests."""
+def step_sequences(vocab: int, batch: str = "main", pad_to: int = 1) -> list[Sequence]:
+    """The fixed batches of the invariance tests; "padded" to a multiple by masked tokens at the end."""
+    edge = batch == "edge"
+    lengths, branches = (EDGE_LENGTHS, EDGE_BRANCHES) if edge else (STEP_LENGTHS, BRANCHES)
     sequences = []
-    for s, (_, advantage) in zip(make_sequences(STEP_LENGTHS, vocab, seed=11), BRANCHES, strict=True):
-        mask = s.response_mask.clone()
-        if s.index == 8:
-            mask[:] = False
-            mask[-1] = True
-        if s.index == 9:
-            mask[:] = False
-        sequences.append(Sequence(s.index, s.token_ids, mask, s.rollout_logprobs, torch.tensor(advantage)))
+    for s, (_, advantage) in zip(make_sequences(lengths, vocab, seed=11), branches, strict=True):
+        responses = EDGE_RESPONSES[s.index] if edge else {8: 1, 9: 0}.get(s.index)
+        mask = s.response_mask
+        if responses is not None:
+            mask = torch.arange(mask.numel()) >= mask.numel() - responses
+        rows = [torch.cat([x, x.new_zeros(-x.numel() % pad_to)]) for x in (s.token_ids, mask, s.rollout_logprobs)]
+        sequences.append(Sequence(s.index, *rows, torch.tensor(advantage)))
     return sequences
 
 
-def _drift(index: int, length: int, mask: torch.Tensor, level: str) -> torch.Tensor:
+def _drift(index: int, mask: torch.Tensor, wanted: float, level: str) -> torch.Tensor:
     """What the new log-probabilities are above the old ones, per token: a fixed function of the sequence."""
     generator = torch.Generator().manual_seed(100 + index)
-    noise = torch.randn(length, generator=generator)
+    noise = torch.randn(mask.numel(), generator=generator)
     if level == "token":
         return 0.3 * noise
     tokens = mask.double().sum().clamp(min=1)
     centred = noise - (noise * mask).sum() / tokens
-    return 0.01 * centred + BRANCHES[index][0]
+    return 0.01 * centred + wanted
 
 
-def shift_logprobs(trainer: Any) -> list[float]:
+def shift_logprobs(trainer: Any, sequences: list[Sequence]) -> list[float]:
     """Make the old and the reference policy of the trainer fixed distances away, after the real passes.
 
-    Returns a list that the pass fills: distances of the tokens' log-ratios from the clip, for GRPO.
+    `sequences` is the whole batch. Returns a list that the pass fills: distances of the tokens' log-ratios from the
+    clip, for GRPO.
     """
     policy = trainer.policy
     level = "token" if trainer.config.algorithm.name == "grpo" else "sequence"
     fill_old, fill_reference = policy.fill_old_logprobs, policy.fill_reference_logprobs
     clip_gaps: list[float] = []
+    branches = EDGE_BRANCHES if len(sequences) == len(EDGE_BRANCHES) else BRANCHES
 
     def old(batches: Any) -> None:
         fill_old(batches)
-        for micro, index, at in _real_sequences(batches):
-            drift = _drift(index, at.stop - at.start, micro.response_mask[at], level)
+        for micro, index, at, positions in _real_tokens(batches, sequences):
+            mask = sequences[index].response_mask
+            mask = torch.cat([mask[1:], mask.new_zeros(1)])  # as the micro-batch has it: of the next token
+            drift = _drift(index, mask, branches[index][0], level)[positions]
             micro.old_logprobs[at] = (micro.old_logprobs[at].double() - drift).float()
             bounds = [math.log1p(x) for x in (-trainer.algorithm.clip_low, trainer.algorithm.clip_high)]
             if level == "token":
@@ -173,33 +189,37 @@ def shift_logprobs(trainer: Any) -> list[float]:
 
     def reference(batches: Any) -> None:
         fill_reference(batches)
-        for micro, index, at in _real_sequences(batches):
+        for micro, index, at, positions in _real_tokens(batches, sequences):
             generator = torch.Generator().manual_seed(500 + index)
-            micro.reference_logprobs[at] += 0.3 * torch.randn(at.stop - at.start, generator=generator)
+            shift = 0.3 * torch.randn(sequences[index].token_ids.numel(), generator=generator)
+            micro.reference_logprobs[at] += shift[positions]
 
     policy.fill_old_logprobs, policy.fill_reference_logprobs = old, reference
     return clip_gaps
 
 
-def _real_sequences(batches: Any) -> Iterator[tuple[Any, int, slice]]:
-    """(micro-batch, Sequence.index, its tokens) on the last pipeline stage; none elsewhere."""
+def _real_tokens(batches: Any, sequences: list[Sequence]) -> Iterator[tuple[Any, int, torch.Tensor, torch.Tensor]]:
+    """(micro-batch, Sequence.index, where its tokens lie in the micro-batch, their positions in the sequence) on the
+    last pipeline stage; none elsewhere."""
     for batch in batches:
         for micro in batch.micro_batches:
             if micro.old_logprobs is None:
                 continue
             for i, index in enumerate(micro.sequence_ids.tolist()):
                 if index >= 0:
-                    yield micro, index, slice(int(micro.cu_seqlens[i]), int(micro.cu_seqlens[i + 1]))
+                    at = torch.arange(int(micro.cu_seqlens[i]), int(micro.cu_seqlens[i + 1]))
+                    at = at[micro.positions[at] < sequences[index].token_ids.numel()]
+                    yield micro, index, at, micro.positions[at]
 
 
 def whole_weights(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
     """All weights under their HF names, at rank 0; {} elsewhere."""
-    return _export(policy, {name: p.detach() for name, p in policy.weights.parameters.items()})
+    return {item.name: item.tensor.clone() for bucket in policy.export([0]) for item in bucket}
 
 
 def whole_gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
     """The reduced gradients under their HF names, at rank 0; {} elsewhere. Call before the optimizer's step."""
-    for chunk in policy.chunks:
+    for chunk in policy.chunks if policy.settings.distributed else []:
         for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
             sharded_over = group.intra_distributed_optimizer_instance_group
             for bucket in group.buckets if sharded_over.size() > 1 else []:
@@ -207,13 +227,11 @@ def whole_gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
                 whole = [torch.empty_like(s) for s in shards]
                 dist.all_gather(whole, shards[sharded_over.rank()].clone(), group=sharded_over)
                 bucket.grad_data.copy_(torch.cat(whole))
-    gradients = {name: p.main_grad for name, p in policy.weights.parameters.items()}  # type: ignore[attr-defined]
-    return _export(policy, gradients)
-
-
-def _export(policy: MegatronPolicy, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    view = PolicyWeights(policy.family, policy.fields, policy.groups, list(tensors.items()))
-    return {item.name: item.tensor.clone() for bucket in view.export([0]) for item in bucket}
+    local = {
+        name: slot.of(slot.parameter.main_grad)  # type: ignore[attr-defined]
+        for name, slot in policy.weights.slots.items()
+    }
+    return {item.name: item.tensor.clone() for bucket in policy.weights.export([0], local) for item in bucket}
 
 
 def optimizer_step(
@@ -223,30 +241,36 @@ def optimizer_step(
     algorithm: dict[str, Any],
     token_budget: int,
     vocab: int,
+    batch: str = "main",
+    pad_to: int = 1,
+    settings: dict[str, dict[str, Any]] | None = None,
     sabotage: str = "",
 ) -> dict[str, Any]:
-    """The trainer's own `learn` on the fixed batch; gradients, loss, log s and weights after the step.
+    """The trainer's own `learn` on a fixed batch; gradients, loss, log s and weights after the step.
 
-    `sabotage` takes one normalisation out: "data" or "micro_batch" (N counts what is local only), "megatron"
-    (Megatron's own averaging is left on).
+    `settings` holds further fields of the sections model, optimizer and memory. `sabotage` takes one normalisation
+    out: "data" or "micro_batch" (N counts what is local only), "n" (no N at all), "context" (sums over a rank's own
+    tokens), "megatron" (Megatron's own averaging is left on).
     """
     from dataclasses import replace
 
     from gspo_megatron import trainer as trainer_module
-    from gspo_megatron.config import AlgorithmConfig, DataConfig, RunConfig, TaskConfig, TrainConfig
+    from gspo_megatron.config import AlgorithmConfig, DataConfig, MemoryConfig, RunConfig, TaskConfig, TrainConfig
     from gspo_megatron.job import Job
     from gspo_megatron.policy import optimizer as optimizer_module
     from gspo_megatron.tokenizer import Tokenizer
 
     groups = join(layout)
+    more = settings or {}
     config = TrainConfig(
         run=RunConfig(folder="unused"),
-        model=ModelConfig(path=folder),
+        model=ModelConfig(path=folder, **more.get("model", {})),
         task=TaskConfig(name="unused"),
         algorithm=AlgorithmConfig(mini_batches=1, **algorithm),
         data=DataConfig(token_budget=token_budget),
         # Adam's first step is lr·g/(|g| + eps): the usual eps would blow up the rounding of gradients near 0.
-        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.01, eps=1e-3),
+        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.01, eps=1e-3, **more.get("optimizer", {})),
+        memory=MemoryConfig(**more.get("memory", {})),
     )
     original_ddp = optimizer_module.DistributedDataParallel
     if sabotage == "megatron":
@@ -257,8 +281,8 @@ def optimizer_step(
     finally:
         optimizer_module.DistributedDataParallel = original_ddp  # type: ignore[misc]
     policy = trainer.policy
-    sequences = step_sequences(vocab)
-    first_gap = shift_logprobs(trainer)
+    sequences = step_sequences(vocab, batch, pad_to)
+    first_gap = shift_logprobs(trainer, sequences)
     loss = trainer.loss
     if sabotage == "data":
         trainer.loss = lambda batch: loss(  # type: ignore[method-assign]
@@ -271,6 +295,12 @@ def optimizer_step(
             )(lp, h, micro)
         )
 
+    if sabotage == "n":
+        trainer.loss = lambda batch: loss(replace(batch, num_global_sequences=1))  # type: ignore[method-assign]
+    if sabotage == "context":
+        alone = replace(trainer.job, groups=_WithoutSequenceGroup(**vars(groups)))
+        trainer.loss = lambda batch: _with_job(trainer, alone, loss, batch)  # type: ignore[method-assign]
+
     gradients: dict[str, torch.Tensor] = {}
     step = policy.optimizer.step
 
@@ -280,10 +310,10 @@ def optimizer_step(
 
     policy.optimizer.step = capture_then_step
     margins: list[float] = []
-    for name, module in policy.chunks[0].module.named_modules():
+    for name, module in (item for chunk in policy.chunks for item in chunk.module.named_modules()):
         if name.endswith("mlp.router"):
             module.register_forward_hook(lambda m, args, out: margins.append(_router_margin(m, args[0])))
-    [batch], [result] = trainer.learn(scatter(groups, sequences))
+    [step_batch], [result] = trainer.learn(scatter(groups, sequences))
     weights = whole_weights(policy)
     stats = {}
     total_loss, kl = 0.0, 0.0
@@ -300,10 +330,27 @@ def optimizer_step(
         "kl": kl,
         "stats": stats,
         "grad_norm": result.grad_norm,
-        "num_micro_batches": len(batch.micro_batches),
+        "num_micro_batches": len(step_batch.micro_batches),
+        # Whether there was response to learn from, per micro-batch of this rank's last stage.
+        "has_response": [bool(m.response_mask.any()) for m in step_batch.micro_batches] if groups.is_last_stage else [],
+        "is_padding": [bool((m.sequence_ids < 0).all()) for m in step_batch.micro_batches],
         "router_margin": min(margins, default=math.inf),
         "clip_margin": min(first_gap, default=math.inf),
     }
+
+
+class _WithoutSequenceGroup(ProcessGroups):
+    @property
+    def sequence_group(self) -> None:
+        return None
+
+
+def _with_job(trainer: Any, job: Any, loss: Any, batch: Any) -> Any:
+    real, trainer.job = trainer.job, job
+    try:
+        return loss(batch)
+    finally:
+        trainer.job = real
 
 
 class _AveragingDDP(DistributedDataParallel):
@@ -359,7 +406,7 @@ def first_batch(layout: dict[str, int], config: dict[str, Any], sabotage: str = 
                     chunk.module.temperature *= 1.01
             if sabotage == "weights":
                 with torch.no_grad():
-                    for parameter in trainer.policy.weights.parameters.values():
+                    for parameter in trainer.policy.weights.parameters:
                         parameter.mul_(1.001)
             if sabotage == "packing":
                 for micro in batches[0].micro_batches:
@@ -385,7 +432,7 @@ def first_batch(layout: dict[str, int], config: dict[str, Any], sabotage: str = 
             "prompts": [group.prompt.id for group in outcome.experience.groups],
             "has_engine": job.engine is not None,
             "engine_version": None if job.engine is None else job.engine.version,
-            "weights": {name: p.detach().cpu().clone() for name, p in trainer.policy.weights.parameters.items()},
+            "weights": {name: s.tensor.cpu().clone() for name, s in trainer.policy.weights.slots.items()},
             "grad_norms": [result.grad_norm for result in outcome.results],
         }
 
@@ -414,14 +461,14 @@ def reference_after_step(layout: dict[str, int], config: dict[str, Any]) -> dict
                 if m.response_mask.any()
             ]
 
-        moved = {name: p.detach().clone() for name, p in policy.weights.parameters.items()}
+        moved = [p.detach().clone() for p in policy.weights.parameters]
         references, unchanged = [], []
         for _ in range(2):
             for micro in micros:
                 micro.reference_logprobs = None
             policy.fill_reference_logprobs(batches)
             references += farthest("reference_logprobs")
-            unchanged += [torch.equal(p, moved[name]) for name, p in policy.weights.parameters.items()]
+            unchanged += [torch.equal(p, was) for p, was in zip(policy.weights.parameters, moved, strict=True)]
         policy.fill_old_logprobs(batches)
         return {"reference": references, "policy": farthest("old_logprobs"), "unchanged": all(unchanged)}
 
@@ -450,7 +497,7 @@ def recorded_row(layout: dict[str, int], folder: str, tokenizer: str, run_folder
     engine = SimpleNamespace(name="none") if groups.is_head else None  # nothing is generated: the batch is given
     job = Job(config, groups, Tokenizer.load(tokenizer), None, None, engine, torch.device("cpu"))  # type: ignore[arg-type]
     trainer = Trainer(config, job)
-    shift_logprobs(trainer)
+    shift_logprobs(trainer, step_sequences(vocab))
     mine = scatter(groups, step_sequences(vocab))
     whole = make_sequences(STEP_LENGTHS, vocab, seed=11)  # without the masks that keep responses from training
     rollouts = [

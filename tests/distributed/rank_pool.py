@@ -13,6 +13,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
+START_TIMEOUT_S = 240.0  # imports take seconds a process, many times that on a busy machine
 TIMEOUT_S = 60.0
 
 
@@ -56,6 +57,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     _reuse_groups()
+    importlib.import_module("gspo_megatron.policy.policy")
+    pipe.send("ready")
     while True:
         message = pipe.recv()
         if message is None:
@@ -109,6 +112,9 @@ class RankPool:
             theirs.close()
             self.processes.append(process)
             self.pipes.append(ours)
+        for pipe in self.pipes:
+            assert pipe.poll(START_TIMEOUT_S), "a rank did not start"
+            assert pipe.recv() == "ready"
 
     def close(self) -> None:
         """End the processes."""

@@ -28,19 +28,68 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 LAYOUTS = [
     {"tensor": 2},
     {"pipeline": 2},
-    {"data": 2, "expert": 2},
+    {"pipeline": 2, "virtual_pipeline": 2},
+    {"context": 2},
     {"data": 2},
+    {"data": 2, "expert": 2},
     {"tensor": 2, "expert": 2},
+    {"tensor": 2, "expert_tensor": 2},
     {"tensor": 2, "data": 2, "expert": 2},
+    {"tensor": 2, "data": 2, "expert": 2, "expert_tensor": 2},
     {"tensor": 2, "pipeline": 2},
     {"data": 2, "pipeline": 2, "expert": 2},
+    {"data": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 2},
+    {"context": 2, "pipeline": 2},
+    {"context": 2, "tensor": 2},
+    {"context": 2, "expert": 2},
+    {"context": 2, "data": 2},
+    {"context": 4, "expert": 4},
 ]
-# Every layout for the two main algorithms; the two richest for what shares their path.
-CASES = [(algorithm, layout) for algorithm in ("gspo", "grpo") for layout in LAYOUTS] + [
-    (algorithm, layout)
-    for algorithm in ("gspo_token", "gspo_kl")
-    for layout in ({"tensor": 2, "data": 2, "expert": 2}, {"tensor": 2, "pipeline": 2})
+RICH_LAYOUTS = [
+    {"tensor": 2, "data": 2, "expert": 2},
+    {"tensor": 2, "pipeline": 2},
+    {"context": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 2},
+    {"context": 2, "tensor": 2, "expert": 2, "expert_tensor": 2},
 ]
+CASES = (
+    [(algorithm, layout) for algorithm in ("gspo", "gspo_token", "grpo") for layout in LAYOUTS]
+    + [
+        (algorithm, layout)
+        for algorithm in ("gspo", "grpo", "gspo_kl")
+        for layout in RICH_LAYOUTS
+        if layout not in LAYOUTS
+    ]
+    + [("gspo_kl", layout) for layout in RICH_LAYOUTS if layout in LAYOUTS]
+)
+# Settings that must change nothing, each in a layout where it does something. Buckets are small there, so that
+# overlapped communication has several.
+OVERLAP = {"overlap_grad_reduce": True}
+SETTINGS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
+    "plain optimizer": ({"data": 2}, {"optimizer": {"distributed": False}}),
+    "plain optimizer, experts": ({"data": 2, "expert": 2}, {"optimizer": {"distributed": False}}),
+    "plain optimizer, overlap": ({"data": 2, "pipeline": 2}, {"optimizer": {"distributed": False, **OVERLAP}}),
+    "overlapped gradients": ({"data": 2, "context": 2}, {"optimizer": OVERLAP}),
+    "overlap": ({"data": 2}, {"optimizer": OVERLAP | {"overlap_param_gather": True}}),
+    "overlap, VPP": (
+        {"data": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 2},
+        {"optimizer": OVERLAP | {"overlap_param_gather": True}},
+    ),
+    "overlap, TP": (
+        {"tensor": 2, "data": 2, "expert": 2, "expert_tensor": 2},
+        {"optimizer": OVERLAP | {"overlap_param_gather": True}},
+    ),
+    "sequential experts": ({}, {"model": {"experts": "sequential"}}),
+    "sequential experts, ETP": (
+        {"tensor": 2, "data": 2, "expert": 2, "expert_tensor": 2},
+        {"model": {"experts": "sequential"}},
+    ),
+    "sequential experts, EP": ({"tensor": 2, "expert": 2}, {"model": {"experts": "sequential"}}),
+    "full recomputation": ({"context": 2, "tensor": 2}, {"memory": {"recompute": "full"}}),
+    "full recomputation, VPP": ({"pipeline": 2, "virtual_pipeline": 2}, {"memory": {"recompute": "full"}}),
+    "selective recomputation": ({"context": 2, "pipeline": 2}, {"memory": {"recompute": "selective"}}),
+    "MoE recomputation": ({"tensor": 2, "expert": 2}, {"memory": {"recompute": "moe"}}),
+    "offloaded gradients": ({"data": 2}, {"memory": {"offload_gradients": True}}),
+}
 BUDGETS = [160, 40]  # tokens per micro-batch: all in one, and several
 MEAN_ADVANTAGE = 0.74
 
@@ -51,10 +100,10 @@ def name_of(layout: dict[str, int]) -> str:
 
 @pytest.fixture(scope="module")
 def step(tmp_path_factory: pytest.TempPathFactory, ranks: Callable[[int], RankPool]) -> Callable[..., dict[str, Any]]:
-    """step(layout, algorithm, budget): the step's results, merged over ranks."""
+    """step(layout, algorithm, budget, …): the step's results, merged over ranks."""
     folder = tiny_models.write(tmp_path_factory.mktemp("model") / "moe", "moe")
 
-    def run(layout: dict[str, int], algorithm: str, budget: int = BUDGETS[0], sabotage: str = "") -> dict[str, Any]:
+    def run(layout: dict[str, int], algorithm: str, budget: int = BUDGETS[0], **more: Any) -> dict[str, Any]:
         results = ranks(ParallelLayout(**layout).world_size).run(
             "tests.distributed.cases:optimizer_step",
             layout=layout,
@@ -63,26 +112,27 @@ def step(tmp_path_factory: pytest.TempPathFactory, ranks: Callable[[int], RankPo
             algorithm=ALGORITHMS[algorithm],
             token_budget=budget,
             vocab=tiny_models.VOCAB,
-            sabotage=sabotage,
+            **more,
         )
         merged = dict(results[0])
         for name in ("loss", "kl"):
             merged[name] = sum(r[name] for r in results)
         merged["stats"] = {k: v for r in results for k, v in r["stats"].items()}
+        merged["ranks"] = results
         return merged
 
     return run
 
 
 @pytest.fixture(scope="module")
-def reference(step: Callable[..., dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
+def reference(step: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """The single-rank, single-micro-batch step of an algorithm."""
-    kept: dict[str, dict[str, Any]] = {}
+    kept: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def get(algorithm: str) -> dict[str, Any]:
-        if algorithm not in kept:
-            kept[algorithm] = step({}, algorithm)
-        return kept[algorithm]
+    def get(algorithm: str, batch: str = "main") -> dict[str, Any]:
+        if (algorithm, batch) not in kept:
+            kept[algorithm, batch] = step({}, algorithm, batch=batch)
+        return kept[algorithm, batch]
 
     return get
 
@@ -105,7 +155,7 @@ def differences(ours: dict[str, Any], truth: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_fixed_batch_is_worth_testing_with(algorithm: str, reference: Callable[[str], dict[str, Any]]) -> None:
+def test_the_fixed_batch_is_worth_testing_with(algorithm: str, reference: Callable[..., dict[str, Any]]) -> None:
     truth = reference(algorithm)
     assert truth["num_micro_batches"] == 1
     assert sorted(truth["stats"]) == list(range(12))
@@ -122,7 +172,7 @@ def test_the_fixed_batch_is_worth_testing_with(algorithm: str, reference: Callab
     assert clipped == ({0, 2, 6, 11} if "dual_clip" in ALGORITHMS[algorithm] else {0, 2, 11})
 
 
-def test_the_reference_of_the_fixed_batch_is_elsewhere(reference: Callable[[str], dict[str, Any]]) -> None:
+def test_the_reference_of_the_fixed_batch_is_elsewhere(reference: Callable[..., dict[str, Any]]) -> None:
     with_kl, without = reference("gspo_kl"), reference("gspo_no_kl")
     coefficient = ALGORITHMS["gspo_kl"]["kl_coefficient"]
     assert with_kl["kl"] > 0.01
@@ -130,17 +180,8 @@ def test_the_reference_of_the_fixed_batch_is_elsewhere(reference: Callable[[str]
     assert differences(with_kl, without)["gradient"] > 0.01
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize(("algorithm", "layout"), CASES, ids=lambda x: x if isinstance(x, str) else name_of(x))
-def test_every_layout_takes_the_same_step(
-    algorithm: str,
-    layout: dict[str, int],
-    budget: int,
-    step: Callable[..., dict[str, Any]],
-    reference: Callable[[str], dict[str, Any]],
-) -> None:
-    ours, truth = step(layout, algorithm, budget), reference(algorithm)
-    assert (ours["num_micro_batches"] > 1) == (budget == BUDGETS[1])
+def check(ours: dict[str, Any], truth: dict[str, Any]) -> None:
+    """The two steps are the same."""
     assert ours["gradients"].keys() == truth["gradients"].keys()
     error = differences(ours, truth)
     assert error["gradient"] <= 1e-5, error
@@ -151,11 +192,73 @@ def test_every_layout_takes_the_same_step(
     assert abs(ours["grad_norm"] - truth["grad_norm"]) <= 1e-5 * truth["grad_norm"]
 
 
-def test_micro_batches_on_one_rank(
-    step: Callable[..., dict[str, Any]], reference: Callable[[str], dict[str, Any]]
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize(("algorithm", "layout"), CASES, ids=lambda x: x if isinstance(x, str) else name_of(x))
+def test_every_layout_takes_the_same_step(
+    algorithm: str,
+    layout: dict[str, int],
+    budget: int,
+    step: Callable[..., dict[str, Any]],
+    reference: Callable[..., dict[str, Any]],
 ) -> None:
-    error = differences(step({}, "gspo", BUDGETS[1]), reference("gspo"))
-    assert error["gradient"] <= 1e-5 and error["loss"] <= 1e-6 * MEAN_ADVANTAGE
+    ours = step(layout, algorithm, budget)
+    assert ours["num_micro_batches"] > 1 or budget == BUDGETS[0]
+    check(ours, reference(algorithm))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_must_change_nothing(
+    name: str, budget: int, step: Callable[..., dict[str, Any]], reference: Callable[..., dict[str, Any]]
+) -> None:
+    layout, settings = SETTINGS[name]
+    check(step(layout, "gspo", budget, settings=settings), reference("gspo"))
+
+
+@pytest.mark.parametrize("layout", [{}, {"context": 2, "tensor": 2}, {"data": 2, "expert": 2}], ids=name_of)
+def test_padding_changes_nothing(
+    layout: dict[str, int], step: Callable[..., dict[str, Any]], reference: Callable[..., dict[str, Any]]
+) -> None:
+    check(step(layout, "gspo", 12 * 32, pad_to=32), reference("gspo"))
+
+
+def test_micro_batches_on_one_rank(
+    step: Callable[..., dict[str, Any]], reference: Callable[..., dict[str, Any]]
+) -> None:
+    check(step({}, "gspo", BUDGETS[1]), reference("gspo"))
+    assert step({}, "gspo", 26)["num_micro_batches"] >= 6
+    check(step({}, "gspo", 26), reference("gspo"))
+
+
+EDGES = [
+    {"context": 2},
+    {"context": 4, "expert": 4},
+    {"context": 2, "tensor": 2, "expert": 2, "expert_tensor": 2},
+    {"data": 2, "expert": 2},
+    {"data": 2, "context": 2, "expert": 4},
+    {"pipeline": 2, "virtual_pipeline": 2},
+    {"context": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 2},
+]
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": OVERLAP | {"overlap_param_gather": True}}], ids=["", "overlap"])
+@pytest.mark.parametrize("algorithm", ["gspo", "grpo", "gspo_kl"])
+@pytest.mark.parametrize("layout", EDGES, ids=name_of)
+def test_ranks_and_micro_batches_without_response_tokens(
+    layout: dict[str, int],
+    algorithm: str,
+    settings: dict[str, Any],
+    step: Callable[..., dict[str, Any]],
+    reference: Callable[..., dict[str, Any]],
+) -> None:
+    ours = step(layout, algorithm, 24, batch="edge", settings=settings)
+    has_response = [r["has_response"] for r in ours["ranks"] if r["has_response"]]
+    if "context" in layout:
+        assert not all(any(rank) for rank in has_response), "a context-parallel rank holds no response token"
+    assert any(not micro for rank in has_response for micro in rank), "a micro-batch is all masked"
+    if layout.get("data", 1) > 1 or "virtual_pipeline" in layout:
+        assert any(any(r["is_padding"]) for r in ours["ranks"]), "a micro-batch is empty"
+    check(ours, reference(algorithm, "edge"))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +266,10 @@ def test_micro_batches_on_one_rank(
     [
         ("data", {"data": 2}, BUDGETS[0]),
         ("micro_batch", {}, BUDGETS[1]),
+        ("n", {}, BUDGETS[0]),
+        ("context", {"context": 2}, BUDGETS[0]),
         ("megatron", {"data": 2}, BUDGETS[0]),
+        ("megatron", {"context": 2}, BUDGETS[0]),
         ("megatron", {}, BUDGETS[1]),
     ],
 )
@@ -172,7 +278,7 @@ def test_taking_out_a_normalisation_is_noticed(
     layout: dict[str, int],
     budget: int,
     step: Callable[..., dict[str, Any]],
-    reference: Callable[[str], dict[str, Any]],
+    reference: Callable[..., dict[str, Any]],
 ) -> None:
-    error = differences(step(layout, "gspo", budget, sabotage), reference("gspo"))
+    error = differences(step(layout, "gspo", budget, sabotage=sabotage), reference("gspo"))
     assert error["gradient"] > 0.1

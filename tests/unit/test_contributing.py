@@ -61,6 +61,7 @@ def micro_batch(old_logprobs: torch.Tensor) -> MicroBatch:
         rollout_logprobs=old_logprobs,
         advantages=ADVANTAGES,
         max_seqlen=3,
+        num_padding_tokens=0,
         old_logprobs=old_logprobs,
     )
 

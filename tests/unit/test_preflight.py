@@ -217,9 +217,16 @@ def test_tensors_that_do_not_match_the_config(config: TrainConfig, model: Path) 
         ),
         ({"pipeline": 4}, "parallel.pipeline=4 must divide num_hidden_layers=2; use 1 or 2"),
         ({"data": 6, "expert": 3}, "parallel.expert=3 must divide num_experts=8; use 1 or 2"),
-        ({"context": 2}, "parallel.context=2 is not supported yet; use 1"),
-        ({"pipeline": 2, "virtual_pipeline": 2}, "parallel.virtual_pipeline=2 is not supported yet; use 1"),
-        ({"tensor": 2, "expert_tensor": 2}, "parallel.expert_tensor=2 is not supported yet; use 1"),
+        (
+            {"pipeline": 2, "virtual_pipeline": 2},
+            "parallel.virtual_pipeline=2 must divide num_hidden_layers / parallel.pipeline=1; use 1",
+        ),
+        (
+            {"virtual_pipeline": 2},
+            "parallel.virtual_pipeline=2 interleaves the chunks of pipeline ranks, but parallel.pipeline=1; "
+            "use virtual_pipeline=1, or at least two pipeline ranks",
+        ),
+        ({"data": 5, "expert_tensor": 5}, "parallel.expert_tensor=5 must divide moe_intermediate_size=64; use 1"),
     ],
 )
 def test_layouts_the_model_cannot_have(config: TrainConfig, degrees: dict[str, int], expected: str) -> None:

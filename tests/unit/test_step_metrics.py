@@ -71,7 +71,7 @@ def run_micro(
     algorithm: Algorithm, sequences: Sequence[TrainSequence], multiple_of: int, outside: float, num_sequences: int
 ) -> MicroStats:
     """The loss of one micro-batch; `outside` stands wherever the mask is False."""
-    micro = pack(sequences, multiple_of=multiple_of, pad_token_id=0, device=CPU)
+    micro = pack(sequences, tensor_parallel=multiple_of, pad_token_id=0, device=CPU)
     columns = {name: torch.full((micro.num_tokens,), outside) for name in ("old", "new", "entropy")}
     for s, start in zip(sequences, micro.cu_seqlens.tolist(), strict=False):
         for name, value in token_values(s.index).items():
@@ -237,7 +237,7 @@ def test_the_largest_token_ratio_may_be_below_one() -> None:
     """A masked entry is no ratio of 1."""
     algorithm = algorithms.build(CONFIGS["gspo"])
     s = sequence(0)
-    micro = pack([s], multiple_of=4, pad_token_id=0, device=CPU)
+    micro = pack([s], tensor_parallel=4, pad_token_id=0, device=CPU)
     micro.old_logprobs = micro.rollout_logprobs.clone()
     loss = observed_loss(algorithm, Mismatch(), num_sequences=1)
     _, stats = loss(micro.old_logprobs - 0.25, torch.ones(micro.num_tokens), micro)
@@ -306,7 +306,7 @@ def test_what_was_not_measured_is_absent_never_zero() -> None:
 def test_a_nan_in_a_response_is_seen() -> None:
     """The other side of ignoring what is masked: a broken model must not look well."""
     algorithm = algorithms.build(CONFIGS["gspo"])
-    micro: MicroBatch = pack([sequence(0), sequence(1)], multiple_of=1, pad_token_id=0, device=CPU)
+    micro: MicroBatch = pack([sequence(0), sequence(1)], pad_token_id=0, device=CPU)
     micro.old_logprobs = micro.rollout_logprobs.clone()
     new = micro.old_logprobs.clone()
     new[int(micro.response_mask.nonzero()[2])] = math.nan

@@ -39,6 +39,7 @@ def make_batch(*, per_token: bool = False, seed: int = 0) -> tuple[Tensor, Micro
         rollout_logprobs=old.clone(),
         advantages=torch.randn(tokens if per_token else 4, generator=generator),
         max_seqlen=6,
+        num_padding_tokens=0,
         old_logprobs=old,
     )
     return logprobs, batch

@@ -40,6 +40,7 @@ BATCH = MicroBatch(
     rollout_logprobs=ROLLOUT,
     advantages=torch.tensor([1.0, -0.5, 0.3, 0.8], dtype=torch.float64),
     max_seqlen=6,
+    num_padding_tokens=0,
     old_logprobs=OLD,
     reference_logprobs=REFERENCE,
 )

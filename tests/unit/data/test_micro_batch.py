@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def sequence(index: int, length: int, *, per_token: bool = False) -> Sequence:
 
 
 def packed(sequences: list[Sequence], multiple_of: int = 1) -> MicroBatch:
-    return pack(sequences, multiple_of=multiple_of, pad_token_id=PAD, device=CPU)
+    return pack(sequences, tensor_parallel=multiple_of, pad_token_id=PAD, device=CPU)
 
 
 batches = st.tuples(
@@ -48,6 +49,7 @@ def test_every_entry_is_what_the_definition_says(case: tuple[list[int], list[boo
     assert micro.num_tokens % multiple_of == 0
     padding = micro.num_tokens - total
     assert padding < max(multiple_of, 1) if total else padding == max(multiple_of, 2)
+    assert micro.num_padding_tokens == padding
 
     bounds = micro.cu_seqlens.tolist()
     assert bounds[0] == 0 and bounds[-1] == micro.num_tokens
@@ -92,6 +94,60 @@ def test_without_sequences_the_micro_batch_is_padding_alone(multiple_of: int) ->
     assert micro.advantages.tolist() == [0.0]
     assert not micro.response_mask.any()
     assert bool(((micro.token_ids == PAD) & (micro.targets == PAD)).all())
+
+
+TOKENWISE = ("token_ids", "targets", "positions", "response_mask", "rollout_logprobs")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(2, 30), max_size=5), st.sampled_from([1, 2, 4]), st.sampled_from([2, 3, 4]), st.booleans())
+def test_context_ranks_share_each_sequence_from_both_ends(
+    lengths: list[int], tensor: int, context: int, per_token: bool
+) -> None:
+    sequences = [sequence(i, n, per_token=per_token) for i, n in enumerate(lengths)]
+    whole = packed(sequences)
+    shares = [
+        pack(
+            sequences,
+            pad_token_id=PAD,
+            device=CPU,
+            tensor_parallel=tensor,
+            context_parallel=context,
+            context_rank=rank,
+        )
+        for rank in range(context)
+    ]
+    padded = [-(-n // (2 * context)) * 2 * context for n in lengths]
+    total = sum(m.num_tokens for m in shares)
+    trailing = total - sum(padded)
+    assert {m.num_tokens for m in shares} == {total // context} and total // context % tensor == 0
+    assert trailing < math.lcm(2 * context, context * tensor) or not lengths
+    for rank, micro in enumerate(shares):
+        assert micro.sequence_ids.tolist() == [*range(len(lengths))] + [-1] * bool(trailing)
+        assert micro.num_padding_tokens == total - sum(lengths)
+        bounds = micro.cu_seqlens.tolist()
+        expected = [n // context for n in padded] + [trailing // context] * bool(trailing)
+        assert [b - a for a, b in itertools.pairwise(bounds)] == expected
+        assert micro.max_seqlen == max(expected)
+        for (a, b), length in zip(itertools.pairwise(bounds), padded, strict=False):
+            chunk = length // (2 * context)
+            front, back = rank * chunk, (2 * context - 1 - rank) * chunk
+            assert micro.positions[a:b].tolist() == [
+                *range(front, front + chunk),
+                *range(back, back + chunk),
+            ]
+    # Put together by position, the shares are the pack of whole sequences, and padding behind each.
+    for i, length in enumerate(lengths):
+        at = slice(int(whole.cu_seqlens[i]), int(whole.cu_seqlens[i + 1]))
+        for name in (*TOKENWISE, *(["advantages"] if per_token else [])):
+            parts = [(m, slice(int(m.cu_seqlens[i]), int(m.cu_seqlens[i + 1]))) for m in shares]
+            positions = torch.cat([m.positions[s] for m, s in parts])
+            values = torch.cat([getattr(m, name)[s] for m, s in parts])[positions.argsort()]
+            assert torch.equal(values[:length], getattr(whole, name)[at]), name
+            if name == "response_mask":
+                assert not values[length:].any()
+    if not per_token:
+        assert all(m.advantages.tolist() == [s.advantages for s in sequences] + [0.0] * bool(trailing) for m in shares)
 
 
 def test_no_padding_where_the_tokens_divide() -> None:

@@ -54,6 +54,20 @@ def test_a_budget_for_everything_gives_one_micro_batch(lengths: list[int], ranks
     assert plan.num_micro_batches == 1
 
 
+@settings(max_examples=200, deadline=None)
+@given(lengths_of, st.integers(1, 4), st.integers(0, 60), st.integers(1, 4))
+def test_the_number_of_micro_batches_is_a_multiple(lengths: list[int], ranks: int, room: int, multiple: int) -> None:
+    budget = max(lengths, default=1) + room
+    plan = plan_packing(lengths, data_parallel=ranks, token_budget=budget, multiple_of=multiple)
+    free = plan_packing(lengths, data_parallel=ranks, token_budget=budget)
+    assert plan.num_micro_batches % multiple == 0
+    assert plan.num_micro_batches >= free.num_micro_batches
+    if free.num_micro_batches % multiple == 0:
+        assert plan == free
+    assert sorted(i for rank in plan.assignment for micro in rank for i in micro) == list(range(len(lengths)))
+    assert all(load(micro, lengths) <= budget for rank in plan.assignment for micro in rank)
+
+
 def test_few_micro_batches_are_used() -> None:
     plan = plan_packing([10] * 32, data_parallel=2, token_budget=40)
     assert plan.num_micro_batches == 4

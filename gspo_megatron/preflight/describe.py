@@ -1,0 +1,90 @@
+"""A plan in words: one line for the model, the layout, the algorithm, the batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gspo_megatron.config import AlgorithmConfig, SftConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from gspo_megatron.weights.families import ModelFields
+
+ENGINE_LABELS = {"embedded": "embedded, not SGLang"}
+
+
+def describe_common(config: TrainConfig | SftConfig, fields: ModelFields) -> list[tuple[str, str]]:
+    experts = (
+        f"{fields.num_experts} experts of which {fields.experts_per_token} a token" if fields.num_experts else "dense"
+    )
+    start = "its weights" if config.model.init == "weights" else f"random weights, seed {config.run.seed}"
+    return [
+        (
+            "model",
+            f"{config.model.path}: {fields.num_layers} layers, hidden size {fields.hidden_size}, {experts}; "
+            f"{start}, {config.model.dtype}",
+        ),
+        ("layout", config.parallel.layout().describe()),
+        ("engine", ENGINE_LABELS[config.rollout.engine]),
+        ("task", " ".join(filter(None, (config.task.name, config.task.dataset)))),
+    ]
+
+
+def describe_algorithm(algorithm: AlgorithmConfig) -> list[tuple[str, str]]:
+    parts = [algorithm.name]
+    if algorithm.clip_low is not None and algorithm.clip_high is not None:
+        parts.append(f"clip to [1 − {algorithm.clip_low:g}, 1 + {algorithm.clip_high:g}]")
+    parts.append("no dual clip" if algorithm.dual_clip is None else f"dual clip {algorithm.dual_clip:g}")
+    parts.append(f"KL coefficient {algorithm.kl_coefficient:g}" if algorithm.kl_coefficient else "no KL")
+    if algorithm.entropy_coefficient:
+        parts.append(f"entropy coefficient {algorithm.entropy_coefficient:g}")
+    parts.append("advantages / std" if algorithm.normalize_std else "advantages not divided by std")
+    if algorithm.dynamic_sampling:
+        parts.append(f"dynamic sampling, at most {algorithm.dynamic_sampling_max_rounds} rounds")
+    if algorithm.mismatch != "off":
+        parts.append(f"mismatch weight: {algorithm.mismatch}")
+    if algorithm.shuffle_advantages:
+        parts.append("CONTROL: advantages shuffled within groups")
+    return [("algorithm", "; ".join(parts))]
+
+
+def describe_batch(config: TrainConfig, algorithm: AlgorithmConfig) -> list[tuple[str, str]]:
+    rollout, mini_batches = config.rollout, algorithm.mini_batches
+    assert mini_batches is not None
+    sequences = rollout.prompts_per_batch * rollout.samples_per_prompt
+    batches = config.train.rollout_batches
+    return [
+        (
+            "batch",
+            f"{rollout.prompts_per_batch} prompts × {rollout.samples_per_prompt} samples = {sequences} sequences a "
+            f"rollout batch; {mini_batches} optimizer step{'s' if mini_batches > 1 else ''} of "
+            f"{sequences // mini_batches} sequences each",
+        ),
+        describe_replicas(config, rollout.prompts_per_batch, "prompts a rollout batch"),
+        ("length", f"{batches} rollout batches × {mini_batches} = {batches * mini_batches} optimizer steps"),
+        describe_eval(config, "before, after" + every(config.eval.every, "rollout batches")),
+    ]
+
+
+def describe_eval(config: TrainConfig | SftConfig, when: str) -> tuple[str, str]:
+    samples = config.eval.samples
+    text = f"{config.eval.prompts} held-out prompts × {samples} sample{'s' if samples > 1 else ''}"
+    return "evaluation", f"{text}; {when}" if when else text
+
+
+def every(count: int, unit: str) -> str:
+    return f", every {count} {unit}" if count else ""
+
+
+def describe_replicas(config: TrainConfig | SftConfig, count: int, unit: str) -> tuple[str, str]:
+    data = config.parallel.data
+    low, rest = divmod(count, data)
+    share = f"{low}–{low + 1}" if rest else str(low)
+    return "replicas", "1" if data == 1 else f"{data} data-parallel, {share} {unit} on each"
+
+
+def describe_packing(config: TrainConfig | SftConfig) -> tuple[str, str]:
+    return (
+        "packing",
+        f"at most {config.data.token_budget} tokens a micro-batch; "
+        f"responses of at most {config.rollout.max_response_tokens} tokens",
+    )

@@ -1,0 +1,148 @@
+"""The model folder, and whether the parallel layout and its kernels fit the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from math import gcd
+from typing import TYPE_CHECKING
+
+from gspo_megatron.config import SftConfig, TrainConfig
+from gspo_megatron.errors import UserError
+from gspo_megatron.preflight.result import Problems, divisors, one_of
+from gspo_megatron.weights.grouped import misaligned
+
+if TYPE_CHECKING:
+    from gspo_megatron.weights.families import Family, ModelFields
+
+
+def read_model(path: str) -> tuple[Family, ModelFields]:
+    """Family and fields of the model folder; a hand-written config.json may hold anything."""
+    from gspo_megatron.weights.families import load_fields
+
+    try:
+        family, fields = load_fields(path)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{path}/config.json holds a value of a wrong type: {error}") from error
+    _check_numbers(path, fields)
+    return family, fields
+
+
+def _check_numbers(path: str, fields: ModelFields) -> None:
+    for item in dataclasses.fields(fields):
+        value = getattr(fields, item.name)
+        if str(item.type).startswith("int") and item.name not in ("experts_per_token", "expert_ffn_hidden_size"):
+            if value is None and item.type == "int | None":
+                continue
+            if type(value) is not int or value < 1:
+                raise UserError(f"{path}/config.json: {item.name}={value!r} must be a positive integer")
+    if fields.num_experts is not None and not 1 <= fields.experts_per_token <= fields.num_experts:
+        raise UserError(
+            f"{path}/config.json: num_experts_per_tok={fields.experts_per_token} must lie between 1 and "
+            f"num_experts={fields.num_experts}"
+        )
+
+
+def check_weights(path: str, family: Family, fields: ModelFields) -> None:
+    """Names and shapes from the files' headers; no tensor is read."""
+    from gspo_megatron.weights.hf_checkpoint import HFCheckpoint
+
+    HFCheckpoint(path).verify(family.specs(fields))
+
+
+def check_layout(config: TrainConfig | SftConfig, fields: ModelFields, problems: Problems) -> None:
+    """Whether the degrees of parallelism cut the model into equal parts."""
+    parallel = config.parallel
+    split_by_tensor = {
+        "num_attention_heads": fields.num_attention_heads,
+        "num_key_value_heads": fields.num_query_groups,
+    }
+    if fields.dense_layers:
+        split_by_tensor["intermediate_size"] = fields.ffn_hidden_size
+    check_divides(problems, "tensor", parallel.tensor, split_by_tensor)
+    check_divides(problems, "pipeline", parallel.pipeline, {"num_hidden_layers": fields.num_layers})
+    problems.require(
+        parallel.pipeline > 1 or parallel.virtual_pipeline == 1,
+        f"parallel.virtual_pipeline={parallel.virtual_pipeline} interleaves the chunks of pipeline ranks, but "
+        "parallel.pipeline=1; use virtual_pipeline=1, or at least two pipeline ranks",
+    )
+    if fields.num_layers % parallel.pipeline == 0 and parallel.pipeline > 1:
+        a_stage = {"num_hidden_layers / parallel.pipeline": fields.num_layers // parallel.pipeline}
+        check_divides(problems, "virtual_pipeline", parallel.virtual_pipeline, a_stage)
+    if fields.num_experts is None:
+        for name in ("expert", "expert_tensor"):
+            degree = getattr(parallel, name)
+            problems.require(
+                degree == 1, f"parallel.{name}={degree}, but the model has no experts (it is dense); use 1"
+            )
+        return
+    stage = parallel.tensor * parallel.context * parallel.data
+    check_divides(
+        problems,
+        "expert",
+        parallel.expert,
+        {"num_experts": fields.num_experts},
+        usable=lambda degree: stage % (degree * parallel.expert_tensor) == 0,
+    )
+    check_divides(
+        problems,
+        "expert_tensor",
+        parallel.expert_tensor,
+        {"moe_intermediate_size": fields.expert_ffn_hidden_size},
+        usable=lambda degree: stage % (degree * parallel.expert) == 0,
+    )
+
+
+def check_kernels(config: TrainConfig | SftConfig, fields: ModelFields, problems: Problems) -> None:
+    """Whether the chosen experts, attention and recomputation can run on this model and machine."""
+    import torch
+
+    from gspo_megatron.device import DTYPES
+
+    model, parallel = config.model, config.parallel
+    if fields.num_experts is None:
+        problems.require(
+            config.memory.recompute != "moe",
+            'memory.recompute="moe", but the model has no experts (it is dense); use "selective", "full" or "none"',
+        )
+    elif model.experts == "grouped" and fields.expert_ffn_hidden_size % parallel.expert_tensor == 0:
+        ffn_size = fields.expert_ffn_hidden_size // parallel.expert_tensor
+        wrong = misaligned(fields.hidden_size, ffn_size, DTYPES[model.dtype])
+        problems.require(wrong is None, f'model.experts="grouped" can\'t run: {wrong}; use "sequential"')
+    problems.require(
+        config.memory.offload_optimizer == 0 or model.dtype == "bfloat16",
+        f"memory.offload_optimizer={config.memory.offload_optimizer:g} moves the float32 main parameters of a bfloat16 "
+        f'model, but model.dtype="{model.dtype}" has none; use dtype="bfloat16", or 0',
+    )
+    problems.require(
+        config.memory.offload_optimizer == 0 or config.optimizer.distributed,
+        f"memory.offload_optimizer={config.memory.offload_optimizer:g} needs optimizer.distributed=true",
+    )
+    if model.attention == "transformer_engine":
+        problems.require(
+            importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available(),
+            'model.attention="transformer_engine" needs Transformer Engine and a CUDA device; install them, '
+            'or use "torch"',
+        )
+        problems.require(
+            model.dtype == "bfloat16",
+            f'model.attention="transformer_engine" computes in bfloat16, but model.dtype="{model.dtype}"; '
+            'use dtype="bfloat16", or attention="torch"',
+        )
+
+
+def check_divides(
+    problems: Problems,
+    name: str,
+    degree: int,
+    sizes: dict[str, int],
+    usable: Callable[[int], bool] = lambda degree: True,
+) -> None:
+    """The degree must divide every size; the message lists those that do and fit the rest of the layout."""
+    wrong = [f"{size_name}={size}" for size_name, size in sizes.items() if size % degree]
+    common = gcd(*sizes.values())
+    remedy = one_of([d for d in divisors(common) if usable(d)])
+    problems.require(not wrong, f"parallel.{name}={degree} must divide {' and '.join(wrong)}; use {remedy}")
