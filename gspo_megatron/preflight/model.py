@@ -112,15 +112,17 @@ def check_kernels(config: TrainConfig | SftConfig, fields: ModelFields, problems
         ffn_size = fields.expert_ffn_hidden_size // parallel.expert_tensor
         wrong = misaligned(fields.hidden_size, ffn_size, DTYPES[model.dtype])
         problems.require(wrong is None, f'model.experts="grouped" can\'t run: {wrong}; use "sequential"')
-    problems.require(
-        config.memory.offload_optimizer == 0 or model.dtype == "bfloat16",
-        f"memory.offload_optimizer={config.memory.offload_optimizer:g} moves the float32 main parameters of a bfloat16 "
-        f'model, but model.dtype="{model.dtype}" has none; use dtype="bfloat16", or 0',
-    )
-    problems.require(
-        config.memory.offload_optimizer == 0 or config.optimizer.distributed,
-        f"memory.offload_optimizer={config.memory.offload_optimizer:g} needs optimizer.distributed=true",
-    )
+    if config.memory.offload_optimizer > 0:
+        given = f"memory.offload_optimizer={config.memory.offload_optimizer:g}"
+        problems.require(
+            torch.cuda.is_available(), f"{given} moves state from a GPU to host memory, but there is no GPU; use 0"
+        )
+        problems.require(
+            model.dtype == "bfloat16",
+            f"{given} moves the float32 main parameters of a bfloat16 model, but "
+            f'model.dtype="{model.dtype}" has none; use dtype="bfloat16", or 0',
+        )
+        problems.require(config.optimizer.distributed, f"{given} needs optimizer.distributed=true; set it, or use 0")
     if model.attention == "transformer_engine":
         problems.require(
             importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available(),

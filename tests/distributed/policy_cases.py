@@ -106,7 +106,7 @@ def worked_answers(layout: dict[str, int], model: str, task: dict[str, Any], bat
     with build_job(config, groups) as job:
         policy = MegatronPolicy(config.model, config.optimizer, groups, seed=0, total_steps=10)
         batch = sft._batch(job, 0, max_positions=policy.fields.max_position_embeddings)
-        loss_function = sft.answer_loss(batch.num_global_sequences)
+        loss_function = sft.answer_loss(batch.num_global_sequences, groups.sequence_group)
         sequences = {}
         for micro in batch.micro_batches:
             logprobs = torch.zeros(micro.num_tokens, requires_grad=True)

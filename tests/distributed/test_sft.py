@@ -27,15 +27,19 @@ TASK: dict[str, Any] = {
 BATCH_SIZE = 8
 
 
-@pytest.mark.parametrize("layout", [{}, {"data": 2}], ids=lambda layout: ParallelLayout(**layout).describe())
-def test_loss_covers_the_answer_and_the_stop_token(layout: dict[str, int], ranks: Callable[[int], RankPool]) -> None:
-    results = ranks(ParallelLayout(**layout).world_size).run(
+def run(ranks: Callable[[int], RankPool], layout: dict[str, int]) -> list[dict[str, Any]]:
+    return ranks(ParallelLayout(**layout).world_size).run(
         "tests.distributed.policy_cases:worked_answers",
         layout=layout,
         model=str(MODEL),
         task=TASK,
         batch_size=BATCH_SIZE,
     )
+
+
+@pytest.mark.parametrize("layout", [{}, {"data": 2}], ids=lambda layout: ParallelLayout(**layout).describe())
+def test_loss_covers_the_answer_and_the_stop_token(layout: dict[str, int], ranks: Callable[[int], RankPool]) -> None:
+    results = run(ranks, layout)
     held = [index for r in results for index in r["sequences"]]
     assert sorted(held) == list(range(BATCH_SIZE)), "each answer on one replica"
     sequences = {index: s for r in results for index, s in r["sequences"].items()}
@@ -54,3 +58,14 @@ def test_loss_covers_the_answer_and_the_stop_token(layout: dict[str, int], ranks
         assert r["num_global_sequences"] == BATCH_SIZE
         assert r["losses"] == results[0]["losses"]
         assert r["losses"][1] < r["losses"][0] - 0.01
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"context": 2}, {"tensor": 2, "context": 2}, {"pipeline": 2}],
+    ids=lambda layout: ParallelLayout(**layout).describe(),
+)
+def test_the_loss_is_the_same_in_every_layout(layout: dict[str, int], ranks: Callable[[int], RankPool]) -> None:
+    [expected, *_] = run(ranks, {})
+    for result in run(ranks, layout):
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)

@@ -39,6 +39,9 @@ LAYOUTS = [
     {"data": 2, "expert": 2},
     {"tensor": 2, "pipeline": 2},
     {"tensor": 2, "data": 2, "expert": 4},
+    {"context": 2},
+    {"context": 2, "pipeline": 2, "expert": 2},
+    {"context": 2, "tensor": 2, "expert": 2, "expert_tensor": 2},
 ]
 
 
@@ -93,7 +96,11 @@ def test_reference_model_is_the_initial_policy(layout: dict[str, int], ranks: Ca
     assert gaps and max(gaps) <= 1e-6
 
 
-@pytest.mark.parametrize("layout", [{"tensor": 2, "expert": 2}, {"pipeline": 2}, {"data": 2, "expert": 2}], ids=name_of)
+@pytest.mark.parametrize(
+    "layout",
+    [{"tensor": 2, "expert": 2}, {"pipeline": 2}, {"data": 2, "expert": 2}, {"context": 2}],
+    ids=name_of,
+)
 def test_reference_model_stays_when_the_policy_moves(layout: dict[str, int], ranks: Callable[[int], RankPool]) -> None:
     config = {**CONFIG, "algorithm": {**CONFIG["algorithm"], "kl_coefficient": 0.05}}
     pool = ranks(ParallelLayout(**layout).world_size)
@@ -116,6 +123,8 @@ def test_metrics_are_the_same_in_every_layout(tmp_path: Path, ranks: Callable[[i
         {"pipeline": 2},
         {"tensor": 2, "pipeline": 2},
         {"data": 2, "expert": 2},
+        {"context": 2},
+        {"context": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 2},
     ):
         run_folder = tmp_path / name_of(layout)
         ranks(ParallelLayout(**layout).world_size).run(
