@@ -65,6 +65,23 @@ def answer_steps(
     }
 
 
+def logprobs_between_steps(
+    layout: dict[str, int], folder: str, vocab: int, optimizer: dict[str, Any]
+) -> list[list[torch.Tensor]]:
+    """Log-probabilities of the same batch before and after each of two steps, with nothing exported in between; on
+    the last pipeline stage."""
+    groups = join(layout)
+    policy = make_policy(groups, folder, **optimizer)
+    [batch] = _batches(policy, groups, vocab, 1)
+    passes = []
+    for _ in range(3):
+        policy.fill_old_logprobs([batch])
+        if groups.is_last_stage:
+            passes.append([m.old_logprobs.clone() for m in batch.micro_batches if m.old_logprobs is not None])
+        policy.train_step(batch, sft.answer_loss(batch.num_global_sequences))
+    return passes
+
+
 def graph_of_layers(layout: dict[str, int], folder: str, vocab: int) -> dict[str, list[bool]]:
     """Whether each attention's and each MLP's output required a gradient, in the log-probability pass and in training.
 

@@ -105,3 +105,20 @@ def test_only_training_keeps_a_graph(layout: dict[str, int], folder: str, ranks:
     for seen in run(ranks, "graph_of_layers", layout, folder):
         assert seen["logprobs"] and not any(seen["logprobs"])
         assert seen["train"] and all(seen["train"])
+
+
+@pytest.mark.parametrize(
+    "layout", [{"data": 2}, {"data": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 2}], ids=name_of
+)
+def test_a_pass_after_a_step_sees_the_parameters_that_are_gathered_late(
+    layout: dict[str, int], folder: str, ranks: Callable[[int], RankPool]
+) -> None:
+    settings = {"lr": 1e-3, "eps": 1e-3}
+    overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    plain = run(ranks, "logprobs_between_steps", layout, folder, optimizer=settings)
+    late = run(ranks, "logprobs_between_steps", layout, folder, optimizer=settings | overlap)
+    for ours, theirs in zip(late, plain, strict=True):
+        for after, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            moved = max(float((x - y).abs().max()) for x, y in zip(b, theirs[0], strict=True))
+            assert after == 0 or moved > 1e-3
+            assert max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True)) <= 1e-5
