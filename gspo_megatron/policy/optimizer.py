@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -65,7 +68,17 @@ def build_optimizer(
         overlap_param_gather=settings.overlap_param_gather,
         **offload,
     )
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    _gather_parameters_once(optimizer)
+    return optimizer
+
+
+def _gather_parameters_once(optimizer: Any) -> None:
+    """A MoE model has an optimizer for dense parameters and one for experts. Each of them, after its step, would gather
+    the parameters of both: leave it to the last."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer])[:-1]:
+        if isinstance(part, DistributedOptimizer):
+            part.step_with_ready_grads = MethodType(MixedPrecisionOptimizer.step_with_ready_grads, part)
 
 
 def build_schedule(optimizer: Any, settings: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
