@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gspo_megatron.policy import permutation
+
 CPU = torch.device("cpu")
 FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange")
 
@@ -146,6 +148,13 @@ def te_general_gemm() -> None:
         moe_utils.te_general_gemm = None
 
 
+def token_permutation() -> None:
+    """token_dispatcher.permute and unpermute add in an order, and in a dtype, that log s can't bear: permutation.py."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    token_dispatcher.permute, token_dispatcher.unpermute = permutation.permute, permutation.unpermute
+
+
 def te_version() -> None:
     """megatron.core.optimizer.optimizer_config compares the version of Transformer Engine with none installed."""
     from megatron.core.optimizer import optimizer_config
@@ -200,7 +209,7 @@ class Patch:
 
     apply: Callable[[], None]
     symbols: tuple[str, ...]
-    on_cuda_too: bool = False  # mends what fails without Transformer Engine on any device
+    on_cuda_too: bool = False  # mends what is wrong on any device, without Transformer Engine
 
 
 PATCHES = (
@@ -231,6 +240,14 @@ PATCHES = (
     Patch(tensor_type_in_optimizer, ("torch:Tensor.type",)),
     Patch(tensor_cuda, ("torch:Tensor.cuda",)),
     Patch(te_general_gemm, ("megatron.core.transformer.moe.moe_utils:RouterGatingLinearFunction",), True),
+    Patch(
+        token_permutation,
+        (
+            "megatron.core.transformer.moe.token_dispatcher:permute",
+            "megatron.core.transformer.moe.token_dispatcher:unpermute",
+        ),
+        True,
+    ),
     Patch(
         te_version,
         (
