@@ -57,6 +57,16 @@ class ModelConfig:
     attention: Literal["torch", "transformer_engine"] = "torch"
     """Attention kernels: torch's own (flash attention over packed sequences on CUDA), or Transformer Engine's, which
     must be installed."""
+    router_aux_loss: float = 0.0
+    """Weight of the experts' load-balancing loss, of each sequence by itself and summed over MoE layers; in a balanced
+    layer it is 1. 0: none."""
+    router_z_loss: float = 0.0
+    """Weight of the mean squared log-sum-exp of the router's logits, summed over MoE layers. 0: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("router_aux_loss", "router_z_loss"):
+            value = getattr(self, name)
+            _require(0 <= value < float("inf"), f"model.{name}={value} must be at least 0, e.g. 0.001; 0 for none")
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ METRICS: dict[str, str] = {
     "num_timed_out_rewards": "rollouts whose scorer took longer than task.reward_timeout_s (count)",
     "zero_variance_group_fraction": "share of groups whose rewards are all equal and so train nothing (0-1)",
     "old_logprob_gap_first_mini_batch": "largest |log s| in mini-batch 1, where no weight has changed yet (nats)",
+    "router_aux_loss": "experts' load-balancing loss, mean over sequences and MoE layers; 1 is balanced (no unit)",
+    "router_z_loss": "mean squared log-sum-exp of the router's logits, over sequences and MoE layers (nats²)",
 }
 """Every key of metrics.jsonl, in order, with what it means and its unit. Not measured is null, never 0."""
 

@@ -81,6 +81,7 @@ class Recorder:
         row["rollout_tokens_per_s"] = tokens / outcome.times["time_rollout_s"]
         row["grad_norm"] = sum(r.grad_norm for r in outcome.results) / len(outcome.results)
         row["learning_rate"] = outcome.results[-1].learning_rate
+        row |= step_metrics.router_losses([r.router_losses for r in outcome.results])
         self._report_failures(step, records)
         self.write(step, row, evaluation)
         assert self.writer is not None

@@ -18,6 +18,7 @@ from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.policy.step import LossFunction
 from gspo_megatron.preflight import check_answer
 from gspo_megatron.recorder import Recorder
+from gspo_megatron.step_metrics import router_losses
 from gspo_megatron.types import MicroBatch, Sequence, StepBatch
 
 
@@ -39,6 +40,7 @@ def run(config: SftConfig) -> None:
                 result = policy.train_step(batch, answer_loss(batch.num_global_sequences, job.groups.sequence_group))
                 loss = sum(job.all_gather(sum(map(float, result.reports)) if job.groups.reports_loss else None))
                 row = {"loss": loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+                row |= router_losses([result.router_losses])
                 row["time_step_s"] = time.perf_counter() - start
                 evaluation = _evaluate_if_due(job, policy, step)
                 recorder.write(step, row, evaluation)

@@ -15,6 +15,7 @@ from torch import Tensor
 from gspo_megatron.algorithms import Algorithm, Mismatch, Objective, objective
 from gspo_megatron.experience import Experience
 from gspo_megatron.metrics import summarize_ratios
+from gspo_megatron.policy.router import RouterLosses
 from gspo_megatron.policy.step import LossFunction
 from gspo_megatron.types import MicroBatch
 
@@ -96,6 +97,15 @@ def observed_loss(
         return result.loss, observe(micro, logprobs, entropy, result, cp_group=cp_group)
 
     return loss
+
+
+def router_losses(steps: Sequence[RouterLosses]) -> dict[str, float | None]:
+    """The metrics of the routers' losses, mean over optimizer steps."""
+    row = {}
+    for key, values in (("router_aux_loss", [s.aux for s in steps]), ("router_z_loss", [s.z for s in steps])):
+        measured = [x for x in values if x is not None]
+        row[key] = sum(measured) / len(measured) if measured else None
+    return row
 
 
 @dataclass

@@ -72,6 +72,7 @@ class MicroBatch:
     positions: Tensor  # [T] int64, from 0 in each sequence
     cu_seqlens: Tensor  # [S+1] int32
     sequence_ids: Tensor  # [S] int64, Sequence.index; -1 for padding, which holds no response token
+    lengths: Tensor  # [S] int64, real tokens of the whole sequence; 0 for padding
     response_mask: Tensor  # [T] bool
     rollout_logprobs: Tensor  # [T] float32
     advantages: Tensor  # [S] or [T] float32

@@ -59,6 +59,7 @@ def pack(
         positions=torch.cat([torch.arange(n) for n in lengths])[share],
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).div(context_parallel).to(torch.int32),
         sequence_ids=torch.tensor([s.index for s in sequences] + [-1] * bool(trailing)),
+        lengths=torch.tensor(real_lengths + [0] * bool(trailing)),
         response_mask=joined([shifted(s.response_mask) for s in sequences], 0, torch.bool),
         rollout_logprobs=joined([shifted(s.rollout_logprobs) for s in sequences], 0, torch.float32),
         advantages=advantages,

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.groups import Group
+from gspo_megatron.policy.router import RouterInputs
 
 KINDS = ("torch", "transformer_engine")
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -106,7 +107,7 @@ def plan_attention(
 
 @dataclass(kw_only=True)
 class PackedSequences(PackedSeqParams):
-    """Megatron's parameters of a packed micro-batch, and our attention's plan for it.
+    """Megatron's parameters of a packed micro-batch, our attention's plan for it, and what its routers are told.
 
     Megatron's own fields hold global, padded offsets: rotary embeddings and Transformer Engine take this
     rank's share by themselves.
@@ -116,6 +117,7 @@ class PackedSequences(PackedSeqParams):
     longest: int  # local
     context_rank: int
     context_size: int
+    router_inputs: RouterInputs | None = None
     _plan: AttentionPlan | None = None
 
     def plan(self, num_tokens: int) -> AttentionPlan:
@@ -138,6 +140,7 @@ def packed_sequences(
     *,
     context_rank: int,
     context_size: int,
+    router_inputs: RouterInputs | None = None,
 ) -> PackedSequences:
     """What the model takes as `packed_seq_params` of one micro-batch.
 
@@ -154,6 +157,7 @@ def packed_sequences(
         longest=longest,
         context_rank=context_rank,
         context_size=context_size,
+        router_inputs=router_inputs,
     )
 
 

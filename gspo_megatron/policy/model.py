@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.policy.attention import core_attention
 from gspo_megatron.policy.experts import GroupedExperts
 from gspo_megatron.policy.norm import RMSNorm
+from gspo_megatron.policy.router import Layer, Router, RouterLosses
 from gspo_megatron.policy.weights import Slot
 from gspo_megatron.weights.families.base import ModelFields
+from gspo_megatron.weights.names import GroupedPlace, from_grouped_place
 from gspo_megatron.weights.rules import TensorSpec, padded_vocab_size
 
 
@@ -162,25 +165,30 @@ def check_traps(config: TransformerConfig) -> None:
     if config.virtual_pipeline_model_parallel_size is not None:
         assert config.overlap_p2p_comm and not config.batch_p2p_comm, "the interleaved schedule mixes up activations"
     if config.num_moe_experts is not None:
-        # Scaled by the local token count, and off by a part of the norm under tensor with sequence parallelism.
+        # Scaled by the local token count, and off by a part of the norm under tensor with sequence parallelism:
+        # policy/router.py has its own.
         assert config.moe_router_load_balancing_type == "none" and config.moe_z_loss_coeff is None
     assert not config.moe_router_fusion, "the fused router leaves no room to replay routes"
     assert config.tensor_model_parallel_size == 1 or config.sequence_parallel
 
 
 def _block_spec(config: TransformerConfig, model: ModelConfig, chunk: int | None) -> Any:
-    """Megatron's own block without Transformer Engine's layers, with our attention, experts and norms."""
+    """Megatron's own block without Transformer Engine's layers, with our attention, routers, experts and norms."""
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=chunk)
     spec.layer_norm = RMSNorm
+    losses = RouterLosses(model.router_aux_loss, model.router_z_loss)
     for layer in spec.layer_specs:
+        layer.module = Layer
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
         attention = parts.self_attention.submodules
         attention.core_attention = ModuleSpec(module=core_attention(model.attention))
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-        if model.experts == "grouped" and hasattr(parts.mlp.submodules, "experts"):
-            parts.mlp.submodules.experts = ModuleSpec(module=GroupedExperts)
+        if hasattr(parts.mlp.submodules, "experts"):
+            parts.mlp.submodules.router = partial(Router, losses=losses)
+            if model.experts == "grouped":
+                parts.mlp.submodules.experts = ModuleSpec(module=GroupedExperts)
     return spec
 
 
@@ -247,9 +255,9 @@ def parameter_slots(chunks: Sequence[Any], layout: ParallelLayout, fields: Model
             if "local_experts" in parts:
                 at = parts.index("local_experts") + 1
                 parts[at] = str(int(parts[at]) + first_expert)
-            if parts[-2] == "experts":  # GroupedExperts: weight1, weight2
-                prefix, product = ".".join(parts[:-1]), parts[-1].removeprefix("weight")
+            name = ".".join(parts)
+            if parts[-2] == "experts":
                 for i in range(parameter.shape[0]):
-                    yield Slot(f"{prefix}.local_experts.{first_expert + i}.linear_fc{product}.weight", parameter, i)
+                    yield Slot(from_grouped_place(GroupedPlace(name, first_expert + i)), parameter, i)
             else:
-                yield Slot(".".join(parts), parameter)
+                yield Slot(name, parameter)

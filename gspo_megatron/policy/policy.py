@@ -14,6 +14,7 @@ from gspo_megatron.device import DTYPES, current_device
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.policy.model import build_model, mark_parallel, parameter_slots, transformer_config
 from gspo_megatron.policy.optimizer import build_optimizer, build_schedule, wrap_ddp
+from gspo_megatron.policy.router import RouterLosses, collect_losses
 from gspo_megatron.policy.step import LossFunction, forward_backward, forward_only
 from gspo_megatron.policy.weights import PolicyWeights, ReferenceWeights
 from gspo_megatron.types import MicroBatch, NamedTensor, StepBatch
@@ -28,6 +29,7 @@ class StepResult:
     reports: list[Any]  # the loss function's, one a micro-batch; [] but on the last pipeline stage
     grad_norm: float  # before clipping
     learning_rate: float
+    router_losses: RouterLosses  # values; None where they are off
 
 
 class MegatronPolicy:
@@ -60,6 +62,7 @@ class MegatronPolicy:
         else:
             self.weights.randomize(seed)
         self.settings, self.memory = optimizer, memory
+        self.router_losses = RouterLosses(model.router_aux_loss, model.router_z_loss)
         self.chunks = wrap_ddp(chunks, config, optimizer)
         self.optimizer = build_optimizer(self.chunks, optimizer, memory, DTYPES[model.dtype])
         self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
@@ -91,12 +94,21 @@ class MegatronPolicy:
                 chunk.restore_grad_buffers()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = forward_backward(self.chunks, batch.micro_batches, loss_function)
+        reports = forward_backward(
+            self.chunks, batch.micro_batches, loss_function, num_global_sequences=batch.num_global_sequences
+        )
         self.schedule.step(1)
         succeeded, grad_norm, _ = self.optimizer.step()
         assert succeeded, "an optimizer without loss scaling never skips a step"
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        return StepResult(reports, float(grad_norm), float(learning_rate))
+        router_losses = collect_losses(
+            (module for chunk in self.chunks for module in chunk.modules()),
+            self.router_losses,
+            num_layers=len(self.fields.moe_layers),
+            group=self.groups.world,
+            device=self.device,
+        )
+        return StepResult(reports, float(grad_norm), float(learning_rate), router_losses)
 
     def export(self, destinations: Sequence[int]) -> Iterator[list[NamedTensor]]:
         """Buckets of HF-named tensors, at the destination ranks."""

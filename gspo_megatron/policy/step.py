@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from gspo_megatron.policy.attention import packed_sequences
+from gspo_megatron.policy.router import RouterInputs
 from gspo_megatron.types import MicroBatch
 
 # (logprobs[T], entropy[T], micro_batch) -> (loss, whatever the caller wants to know about the micro-batch)
@@ -19,12 +20,17 @@ LossFunction = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Any]]
 
 
 def forward_backward(
-    chunks: Sequence[DistributedDataParallel], micro_batches: Sequence[MicroBatch], loss_function: LossFunction
+    chunks: Sequence[DistributedDataParallel],
+    micro_batches: Sequence[MicroBatch],
+    loss_function: LossFunction,
+    *,
+    num_global_sequences: int,
 ) -> list[Any]:
     """Accumulate the gradient of the loss function summed over micro-batches and reduce it over all ranks.
 
     The loss carries its own global 1/N. Returning a token count of zero beside the loss keeps Megatron
     from rescaling it by micro-batches, data- or context-parallel ranks (`calculate_per_token_loss`).
+    `num_global_sequences` is that N, for the routers' losses, whose gradients come on top.
     Returns the loss function's reports on the last pipeline stage, [] elsewhere.
     """
 
@@ -32,7 +38,7 @@ def forward_backward(
         value, report = loss_function(output[0], output[1], micro)
         return value, torch.zeros([], dtype=torch.int, device=value.device), report
 
-    return _run(chunks, micro_batches, loss, forward_only=False)
+    return _run(chunks, micro_batches, loss, num_global_sequences=num_global_sequences, forward_only=False)
 
 
 def forward_only(chunks: Sequence[DistributedDataParallel], micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
@@ -44,7 +50,7 @@ def forward_only(chunks: Sequence[DistributedDataParallel], micro_batches: Seque
     def collect(output: Tensor, micro: MicroBatch) -> Tensor:
         return output.detach()
 
-    return _run(chunks, micro_batches, collect, forward_only=True)
+    return _run(chunks, micro_batches, collect, num_global_sequences=None, forward_only=True)
 
 
 def _run(
@@ -52,6 +58,7 @@ def _run(
     micro_batches: Sequence[MicroBatch],
     on_output: Callable[[Tensor, MicroBatch], Any],
     *,
+    num_global_sequences: int | None,
     forward_only: bool,
 ) -> list[Any]:
     context_rank = parallel_state.get_context_parallel_rank()
@@ -65,7 +72,11 @@ def _run(
             attention_mask=None,
             labels=micro.targets[None],
             packed_seq_params=packed_sequences(
-                micro.cu_seqlens, micro.max_seqlen, context_rank=context_rank, context_size=context_size
+                micro.cu_seqlens,
+                micro.max_seqlen,
+                context_rank=context_rank,
+                context_size=context_size,
+                router_inputs=RouterInputs(micro, num_global_sequences),
             ),
         )
 

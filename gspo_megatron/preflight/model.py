@@ -103,6 +103,11 @@ def check_kernels(config: TrainConfig | SftConfig, fields: ModelFields, problems
     from gspo_megatron.device import DTYPES
 
     model, parallel = config.model, config.parallel
+    for name in ("router_aux_loss", "router_z_loss"):
+        problems.require(
+            getattr(model, name) == 0 or bool(fields.moe_layers),
+            f"model.{name}={getattr(model, name):g}, but the model has no router (it is dense); use 0",
+        )
     if fields.num_experts is None:
         problems.require(
             config.memory.recompute != "moe",

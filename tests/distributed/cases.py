@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from gspo_megatron.config import ModelConfig, OptimizerConfig
 from gspo_megatron.data.exchange import distribute
+from gspo_megatron.device import current_device
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.policy.policy import MegatronPolicy
@@ -132,7 +133,7 @@ BRANCHES = [
 ]
 # A batch of hard cases, response tokens at the end of each: a prompt so long that a context-parallel rank holds no
 # response token, a response of one token, and nothing but masked tokens.
-EDGE_LENGTHS = [24, 4, 22]
+EDGE_LENGTHS = [24, 8, 22]
 EDGE_RESPONSES = [3, 1, 0]
 EDGE_BRANCHES = [(1e-4, 0.5), (-8e-4, 0.9), (0.0, 0.6)]
 
@@ -181,10 +182,10 @@ def shift_logprobs(trainer: Any, sequences: list[Sequence]) -> list[float]:
             mask = sequences[index].response_mask
             mask = torch.cat([mask[1:], mask.new_zeros(1)])  # as the micro-batch has it: of the next token
             drift = _drift(index, mask, branches[index][0], level)[positions]
-            micro.old_logprobs[at] = (micro.old_logprobs[at].double() - drift).float()
+            micro.old_logprobs[at] = (micro.old_logprobs[at].double() - drift.to(micro.old_logprobs.device)).float()
             bounds = [math.log1p(x) for x in (-trainer.algorithm.clip_low, trainer.algorithm.clip_high)]
             if level == "token":
-                values = drift[micro.response_mask[at]]
+                values = drift[micro.response_mask[at].cpu()]
                 clip_gaps.extend(abs(float(v) - b) for v in values for b in bounds)
 
     def reference(batches: Any) -> None:
@@ -192,7 +193,7 @@ def shift_logprobs(trainer: Any, sequences: list[Sequence]) -> list[float]:
         for micro, index, at, positions in _real_tokens(batches, sequences):
             generator = torch.Generator().manual_seed(500 + index)
             shift = 0.3 * torch.randn(sequences[index].token_ids.numel(), generator=generator)
-            micro.reference_logprobs[at] += shift[positions]
+            micro.reference_logprobs[at] += shift[positions].to(micro.reference_logprobs.device)
 
     policy.fill_old_logprobs, policy.fill_reference_logprobs = old, reference
     return clip_gaps
@@ -200,7 +201,7 @@ def shift_logprobs(trainer: Any, sequences: list[Sequence]) -> list[float]:
 
 def _real_tokens(batches: Any, sequences: list[Sequence]) -> Iterator[tuple[Any, int, torch.Tensor, torch.Tensor]]:
     """(micro-batch, Sequence.index, where its tokens lie in the micro-batch, their positions in the sequence) on the
-    last pipeline stage; none elsewhere."""
+    last pipeline stage; none elsewhere. The last two are on the CPU."""
     for batch in batches:
         for micro in batch.micro_batches:
             if micro.old_logprobs is None:
@@ -208,13 +209,14 @@ def _real_tokens(batches: Any, sequences: list[Sequence]) -> Iterator[tuple[Any,
             for i, index in enumerate(micro.sequence_ids.tolist()):
                 if index >= 0:
                     at = torch.arange(int(micro.cu_seqlens[i]), int(micro.cu_seqlens[i + 1]))
-                    at = at[micro.positions[at] < sequences[index].token_ids.numel()]
-                    yield micro, index, at, micro.positions[at]
+                    positions = micro.positions[at].cpu()
+                    real = positions < sequences[index].token_ids.numel()
+                    yield micro, index, at[real], positions[real]
 
 
 def whole_weights(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
     """All weights under their HF names, at rank 0; {} elsewhere."""
-    return {item.name: item.tensor.clone() for bucket in policy.export([0]) for item in bucket}
+    return {item.name: item.tensor.to("cpu", copy=True) for bucket in policy.export([0]) for item in bucket}
 
 
 def whole_gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
@@ -231,7 +233,8 @@ def whole_gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
         name: slot.of(slot.parameter.main_grad)  # type: ignore[attr-defined]
         for name, slot in policy.weights.slots.items()
     }
-    return {item.name: item.tensor.clone() for bucket in policy.weights.export([0], local) for item in bucket}
+    buckets = policy.weights.export([0], local)
+    return {item.name: item.tensor.to("cpu", copy=True) for bucket in buckets for item in bucket}
 
 
 def optimizer_step(
@@ -276,7 +279,7 @@ def optimizer_step(
     if sabotage == "megatron":
         optimizer_module.DistributedDataParallel = _AveragingDDP  # type: ignore[misc]
     try:
-        job = Job(config, groups, Tokenizer.load(tokenizer), None, None, None, torch.device("cpu"))  # type: ignore[arg-type]
+        job = Job(config, groups, Tokenizer.load(tokenizer), None, None, None, current_device())  # type: ignore[arg-type]
         trainer = trainer_module.Trainer(config, job)
     finally:
         optimizer_module.DistributedDataParallel = original_ddp  # type: ignore[misc]
@@ -326,10 +329,15 @@ def optimizer_step(
     return {
         "gradients": gradients,
         "weights": weights,
+        # Of each token that the rank holds, the old policy's log-probability, moved away as `shift_logprobs` does.
+        "old_logprobs": {
+            index: micro.old_logprobs[at].cpu() for micro, index, at, _ in _real_tokens([step_batch], sequences)
+        },
         "loss": total_loss,
         "kl": kl,
         "stats": stats,
         "grad_norm": result.grad_norm,
+        "router_losses": (result.router_losses.aux, result.router_losses.z),
         "num_micro_batches": len(step_batch.micro_batches),
         # Whether there was response to learn from, per micro-batch of this rank's last stage.
         "has_response": [bool(m.response_mask.any()) for m in step_batch.micro_batches] if groups.is_last_stage else [],
@@ -488,14 +496,14 @@ def recorded_row(layout: dict[str, int], folder: str, tokenizer: str, run_folder
     groups = join(layout)
     config = TrainConfig(
         run=RunConfig(folder=run_folder),
-        model=ModelConfig(path=folder),
+        model=ModelConfig(path=folder, router_aux_loss=1e-3, router_z_loss=1e-4),
         task=TaskConfig(name="unused"),
         algorithm=AlgorithmConfig(mini_batches=2, kl_coefficient=0.1),
         data=DataConfig(token_budget=40),
         optimizer=OptimizerConfig(lr=1e-4, eps=1e-3),
     )
     engine = SimpleNamespace(name="none") if groups.is_head else None  # nothing is generated: the batch is given
-    job = Job(config, groups, Tokenizer.load(tokenizer), None, None, engine, torch.device("cpu"))  # type: ignore[arg-type]
+    job = Job(config, groups, Tokenizer.load(tokenizer), None, None, engine, current_device())  # type: ignore[arg-type]
     trainer = Trainer(config, job)
     shift_logprobs(trainer, step_sequences(vocab))
     mine = scatter(groups, step_sequences(vocab))

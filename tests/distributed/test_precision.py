@@ -130,7 +130,7 @@ EXPERT_CASES = [
 def test_grouped_experts_step_like_sequential_ones(
     dtype: str, tolerance: float, layout: dict[str, int], step: Callable[..., dict[str, Any]]
 ) -> None:
-    """One micro-batch has four tokens for eight experts: some get none."""
+    """One micro-batch has eight tokens for eight experts."""
     grouped = step(layout, model={"dtype": dtype, "experts": "grouped"})
     sequential = step(layout, model={"dtype": dtype, "experts": "sequential"})
     assert difference(grouped["gradients"], sequential["gradients"])[0] <= tolerance

@@ -138,7 +138,8 @@ def test_metrics_are_the_same_in_every_layout(tmp_path: Path, ranks: Callable[[i
         [line] = (run_folder / "metrics.jsonl").read_text().splitlines()
         rows[name_of(layout)] = {k: v for k, v in json.loads(line).items() if k not in NOT_COMPARED}
     truth = rows.pop(name_of({}))
-    for name in ("loss", "entropy", "kl_reference", "clip_fraction_sequence", "log_ratio_sequence_p99", "grad_norm"):
+    measured = ("loss", "entropy", "kl_reference", "clip_fraction_sequence", "log_ratio_sequence_p99", "grad_norm")
+    for name in (*measured, "router_aux_loss", "router_z_loss"):
         assert truth[name], f"{name} must be a number other than 0 to be worth comparing"
     for layout_name, row in rows.items():
         for name, value in truth.items():

@@ -271,7 +271,7 @@ def test_help_lists_options_with_defaults(capsys: pytest.CaptureFixture[str]) ->
     for name, section in sections(TrainConfig).items():
         for field in dataclasses.fields(section):
             assert f"--{name}.{field.name}" in text
-    assert "for Megatron's own groups. (default: 600.0)" in words
+    assert "ends the run with an error, in seconds. (default: 600.0)" in words
     assert "(required)" in words
 
 

@@ -57,6 +57,7 @@ def micro_batch(old_logprobs: torch.Tensor) -> MicroBatch:
         positions=torch.tensor([0, 1, 2, 0, 1, 0, 1]),
         cu_seqlens=torch.tensor([0, 3, 5, 7], dtype=torch.int32),
         sequence_ids=torch.arange(3),
+        lengths=torch.tensor([3, 2, 2]),
         response_mask=MASK,
         rollout_logprobs=old_logprobs,
         advantages=ADVANTAGES,

@@ -242,6 +242,9 @@ def test_dense_layers_are_split_by_tensor_too(config: TrainConfig, model: Path) 
     assert message == "parallel.tensor=2 must divide intermediate_size=255; use 1"
     message = refusal(dataclasses.replace(config, parallel=ParallelConfig(data=2, expert=2)))
     assert "parallel.expert=2, but the model has no experts" in message
+    for name in ("router_aux_loss", "router_z_loss"):
+        message = refusal(changed(config, "model", **{name: 0.01}))
+        assert message == f"model.{name}=0.01, but the model has no router (it is dense); use 0"
 
 
 @pytest.mark.parametrize(

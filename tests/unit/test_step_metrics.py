@@ -19,7 +19,8 @@ from gspo_megatron.data.micro_batch import pack
 from gspo_megatron.data.packing import plan_packing
 from gspo_megatron.experience import Experience
 from gspo_megatron.metrics import METRICS
-from gspo_megatron.step_metrics import MicroStats, RankRecord, observed_loss, record, summarize
+from gspo_megatron.policy.router import RouterLosses
+from gspo_megatron.step_metrics import MicroStats, RankRecord, observed_loss, record, router_losses, summarize
 from gspo_megatron.types import FinishReason, Group, MicroBatch, Prompt, Rollout, ScoreReport
 from gspo_megatron.types import Sequence as TrainSequence
 
@@ -315,6 +316,13 @@ def test_a_nan_in_a_response_is_seen() -> None:
     for key in ("loss", "entropy", "token_ratio_max", "log_ratio_sequence_max_abs"):
         value = row[key]
         assert value is not None and math.isnan(value), key
+
+
+def test_router_losses_are_means_over_optimizer_steps() -> None:
+    steps = [RouterLosses(1.25, None), RouterLosses(1.75, None)]
+    assert router_losses(steps) == {"router_aux_loss": 1.5, "router_z_loss": None}
+    assert router_losses([RouterLosses(None, 3.0)]) == {"router_aux_loss": None, "router_z_loss": 3.0}
+    assert router_losses(steps).keys() <= METRICS.keys()
 
 
 def test_every_key_of_the_row_is_a_known_metric() -> None:

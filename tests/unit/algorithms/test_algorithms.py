@@ -35,6 +35,7 @@ def make_batch(*, per_token: bool = False, seed: int = 0) -> tuple[Tensor, Micro
         positions=torch.arange(tokens),
         cu_seqlens=cu_seqlens,
         sequence_ids=torch.arange(4),
+        lengths=torch.tensor([6, 1, 3, 5]),
         response_mask=mask,
         rollout_logprobs=old.clone(),
         advantages=torch.randn(tokens if per_token else 4, generator=generator),

@@ -36,6 +36,7 @@ BATCH = MicroBatch(
     positions=torch.arange(TOKENS),
     cu_seqlens=CU_SEQLENS,
     sequence_ids=torch.arange(4),
+    lengths=CU_SEQLENS.diff().long(),
     response_mask=MASK,
     rollout_logprobs=ROLLOUT,
     advantages=torch.tensor([1.0, -0.5, 0.3, 0.8], dtype=torch.float64),

@@ -55,6 +55,7 @@ def test_every_entry_is_what_the_definition_says(case: tuple[list[int], list[boo
     assert bounds[0] == 0 and bounds[-1] == micro.num_tokens
     assert [b - a for a, b in itertools.pairwise(bounds)] == lengths + ([padding] if padding else [])
     assert micro.sequence_ids.tolist() == [s.index for s in sequences] + ([-1] if padding else [])
+    assert micro.lengths.tolist() == lengths + ([0] if padding else [])
     assert micro.max_seqlen == max(b - a for a, b in itertools.pairwise(bounds))
 
     token_wise = any(s.advantages.dim() == 1 for s in sequences)
@@ -124,6 +125,7 @@ def test_context_ranks_share_each_sequence_from_both_ends(
     assert trailing < math.lcm(2 * context, context * tensor) or not lengths
     for rank, micro in enumerate(shares):
         assert micro.sequence_ids.tolist() == [*range(len(lengths))] + [-1] * bool(trailing)
+        assert micro.lengths.tolist() == lengths + [0] * bool(trailing)
         assert micro.num_padding_tokens == total - sum(lengths)
         bounds = micro.cu_seqlens.tolist()
         expected = [n // context for n in padded] + [trailing // context] * bool(trailing)
@@ -164,6 +166,7 @@ def test_dtypes_are_those_the_types_promise(sequences: list[Sequence]) -> None:
         "positions": torch.int64,
         "cu_seqlens": torch.int32,
         "sequence_ids": torch.int64,
+        "lengths": torch.int64,
         "response_mask": torch.bool,
         "rollout_logprobs": torch.float32,
         "advantages": torch.float32,
