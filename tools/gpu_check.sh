@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds for CUDA, runs the tests marked gpu, benchmarks the kernels where there is a benchmark for them.
-# What was printed is kept as benchmarks/results/gpu_check_<GPU>_<date>.txt. Exit code 2: no GPU.
+# Builds for CUDA, runs the tests marked gpu, benchmarks the kernels where there is a benchmark for them, and training.
+# What was printed is kept as benchmarks/results/gpu_check_<GPU>_<date>.txt, training's table as training_<GPU>_<date>.md.
+# Exit code 2: no GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -31,10 +32,13 @@ check() {
     fi
     OMP_NUM_THREADS=1 "$PYTHON_VENV" -m pytest tests/gpu -m gpu || return
     if [[ -f tools/benchmark_kernels.py ]]; then "$PYTHON_VENV" tools/benchmark_kernels.py || return; fi
+    "$PYTHON_VENV" tools/benchmark_training.py --variants none,selective,moe,full,none+offload \
+        --output "benchmarks/results/training_$suffix.md" || return
 }
 
 mkdir -p benchmarks/results
-result=benchmarks/results/gpu_check_${gpu}_$(date -u +%F).txt
+suffix=${gpu}_$(date -u +%F)
+result=benchmarks/results/gpu_check_$suffix.txt
 status=0
 check 2>&1 | tee "$result" || status=${PIPESTATUS[0]}
 echo "gpu-check: $([[ $status -eq 0 ]] && echo passed || echo "FAILED with exit code $status"); written to $result"
