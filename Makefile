@@ -34,7 +34,7 @@ format: setup  ## rewrite the sources in the project's format
 bench: setup  ## run tools/benchmark_*.py
 	@tools/bench.sh
 
-gpu-check: setup  ## build for CUDA, run the tests marked gpu, benchmark the kernels; exit 2 without a GPU
+gpu-check: setup  ## on a GPU: build, run the tests marked gpu, benchmark kernels and training; else exit 2
 	@tools/gpu_check.sh
 
 clean:  ## remove build outputs and caches; .venv and runs/ stay

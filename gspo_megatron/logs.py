@@ -10,6 +10,7 @@ KNOWN_WARNINGS = (
     r"Transformer Engine and Apex are not installed",
     r"Apex is not installed",
     r"full scope is deprecated",
+    r"If you are using transformer_engine as the transformer implementation",  # recompute = "selective"
     r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # experts at expert_tensor = 1
     r"When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
     r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gspo_megatron.policy.permutation import permute, unpermute
 from tests.distributed import tiny_models
 from tests.distributed.rank_pool import RankPool
 from tests.distributed.test_training import CONFIG
@@ -43,3 +44,19 @@ def test_first_mini_batch_is_on_policy(dtype: str, pool: RankPool) -> None:
     assert max(map(abs, result["log_ratio"][0])) <= 1e-6
     assert max(map(abs, result["log_ratio"][1])) > 1e-4
     assert all(0 < norm < float("inf") for norm in result["grad_norms"])
+
+
+def test_sums_over_experts_are_the_same_in_every_pass() -> None:
+    """A token's log-probability must not depend on the order in which its eight experts' outputs arrive."""
+    tokens, experts, hidden = 4096, 64, 256
+    generator = torch.Generator("cuda").manual_seed(0)
+    scores = torch.rand(tokens, experts, generator=generator, device="cuda")
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(8).indices, True)
+    x = torch.randn(tokens, hidden, generator=generator, device="cuda").bfloat16().requires_grad_()
+    results = []
+    for _ in range(20):
+        rows, _, token_of_row = permute(x, chosen)
+        out = unpermute(rows * rows, token_of_row, restore_shape=x.shape)
+        [gradient] = torch.autograd.grad(out.float().square().sum(), x)
+        results.append((out.detach(), gradient))
+    assert all(torch.equal(out, results[0][0]) and torch.equal(g, results[0][1]) for out, g in results)

@@ -17,6 +17,7 @@ from gspo_megatron.config import (
     AlgorithmConfig,
     DataConfig,
     EvalConfig,
+    MemoryConfig,
     ModelConfig,
     ParallelConfig,
     RolloutConfig,
@@ -486,3 +487,34 @@ def test_a_run_with_records_is_not_taken_back(config: TrainConfig) -> None:
     before = snapshot(folder)
     run_folder.release(config)
     assert snapshot(folder) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says that there is no GPU")
+def test_nothing_is_offloaded_without_a_gpu(config: TrainConfig) -> None:
+    message = refusal(dataclasses.replace(config, memory=MemoryConfig(offload_optimizer=0.5)))
+    assert "memory.offload_optimizer=0.5 moves state from a GPU to host memory, but there is no GPU; use 0" in message
+    assert 'model.dtype="float32" has none; use dtype="bfloat16", or 0' in message
+
+
+def test_experts_that_a_grouped_product_cannot_hold(config: TrainConfig, model: Path) -> None:
+    edit_config(model, moe_intermediate_size=62)
+    (model / "model.safetensors").unlink()
+    config = changed(config, "model", init="random")
+    message = refusal(config)
+    assert "expert intermediate size per expert-tensor rank=62 must be a multiple of 4" in message
+    assert message.endswith('use "sequential"')
+    assert preflight.check_train(changed(config, "model", experts="sequential"))
+
+
+def test_moe_recomputation_needs_moe_layers(config: TrainConfig, model: Path) -> None:
+    edit_config(model, model_type="qwen3")
+    (model / "model.safetensors").unlink()
+    config = changed(config, "model", init="random")
+    message = refusal(dataclasses.replace(config, memory=MemoryConfig(recompute="moe")))
+    assert message.startswith('memory.recompute="moe", but the model has no experts')
+
+
+def test_transformer_engine_must_be_there(config: TrainConfig) -> None:
+    message = refusal(changed(config, "model", attention="transformer_engine"))
+    assert "needs Transformer Engine and a CUDA device" in message
+    assert 'use dtype="bfloat16", or attention="torch"' in message
