@@ -18,7 +18,7 @@ quickstart: setup  ## cold-start a small MoE and improve it with GSPO on this ma
 test: setup  ## unit and distributed tests (CPU, gloo)
 	$(PYTEST) tests/unit tests/distributed -m "not gpu and not system"
 
-test-system: setup  ## real servers, schedulers and kills
+test-system: setup  ## kills and whole programs
 	$(PYTEST) tests/system
 
 check: setup  ## format, lint, types, import contract

@@ -17,6 +17,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from gspo_megatron.config import MemoryConfig, OptimizerConfig
 from gspo_megatron.policy.model import PolicyModel, check_traps
 
+BUCKET_NUMEL: int | None = (
+    None  # parameters whose gradients are reduced together, with overlap; None: Megatron's choice
+)
+
 
 def wrap_ddp(
     chunks: list[PolicyModel], config: TransformerConfig, settings: OptimizerConfig
@@ -28,6 +32,7 @@ def wrap_ddp(
         use_distributed_optimizer=settings.distributed,
         overlap_grad_reduce=settings.overlap_grad_reduce,
         overlap_param_gather=settings.overlap_param_gather,
+        bucket_size=BUCKET_NUMEL,
         average_in_collective=False,
         check_for_nan_in_grad=True,  # a NaN ends the run before it reaches the weights
     )

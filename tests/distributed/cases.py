@@ -276,6 +276,7 @@ def optimizer_step(
         memory=MemoryConfig(**more.get("memory", {})),
     )
     original_ddp = optimizer_module.DistributedDataParallel
+    optimizer_module.BUCKET_NUMEL = 4096  # several buckets, where reduction overlaps
     if sabotage == "megatron":
         optimizer_module.DistributedDataParallel = _AveragingDDP  # type: ignore[misc]
     try:
@@ -283,6 +284,7 @@ def optimizer_step(
         trainer = trainer_module.Trainer(config, job)
     finally:
         optimizer_module.DistributedDataParallel = original_ddp  # type: ignore[misc]
+        optimizer_module.BUCKET_NUMEL = None
     policy = trainer.policy
     sequences = step_sequences(vocab, batch, pad_to)
     first_gap = shift_logprobs(trainer, sequences)
@@ -339,6 +341,7 @@ def optimizer_step(
         "grad_norm": result.grad_norm,
         "router_losses": (result.router_losses.aux, result.router_losses.z),
         "num_micro_batches": len(step_batch.micro_batches),
+        "num_buckets": sum(len(chunk.bucket_groups) for chunk in policy.chunks),
         # Whether there was response to learn from, per micro-batch of this rank's last stage.
         "has_response": [bool(m.response_mask.any()) for m in step_batch.micro_batches] if groups.is_last_stage else [],
         "is_padding": [bool((m.sequence_ids < 0).all()) for m in step_batch.micro_batches],

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,16 +139,3 @@ def test_a_row_of_the_table(tool: Any) -> None:
 def test_an_unknown_variant_is_refused(tool: Any, name: str) -> None:
     with pytest.raises(UserError, match="is none of none, selective, moe, full"):
         tool.Variant.parse(name)
-
-
-def test_a_run_on_the_cpu(tmp_path: Path) -> None:
-    output = tmp_path / "table.md"
-    command = [sys.executable, str(ROOT / "tools/benchmark_training.py"), "--size", "tiny", "--steps", "1"]
-    command += ["--variants", "moe", "--output", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr
-    assert output.read_text() in result.stdout
-    [row] = [line for line in output.read_text().splitlines() if line.startswith("| moe |")]
-    assert float(row.split("|")[3]) > 0
-    assert float(row.split("|")[-2]) <= 1e-6, "the same weights give the same log-probabilities"
-    assert "experts: grouped products in 2 layers" in output.read_text()

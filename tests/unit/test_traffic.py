@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -411,15 +409,3 @@ def test_bytes_that_are_not_the_formulas_are_a_problem(
 def test_bytes_that_nobody_counted_are_a_problem(benchmark: ModuleType) -> None:
     result = _result(benchmark, {"sequence": 1e7}, Traffic(sequence=1e7), escaped=400_000)
     assert "the kernel saw 10,400,000 bytes" in "".join(result.problems())
-
-
-@pytest.mark.slow
-def test_the_benchmark_holds_a_layout_to_the_formula(tmp_path: Path) -> None:
-    out = tmp_path / "table.md"
-    command = [sys.executable, str(ROOT / "tools/benchmark_layouts.py"), "--layouts", "DP2xEP2", "--steps", "1"]
-    done = subprocess.run([*command, "--output", str(out)], capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split("|") for line in out.read_text().splitlines() if line.startswith("| DP2xEP2")]
-    assert len(rows) == 2
-    assert float(rows[0][6]) == pytest.approx(float(rows[0][7]), rel=0.05)
-    assert float(rows[0][6]) > 1
