@@ -91,7 +91,7 @@ class ParallelConfig:
     """A collective that takes longer ends the run with an error, in seconds."""
 
     def __post_init__(self) -> None:
-        _require_positive("parallel", self, "timeout_s")
+        _require(self.timeout_s >= 1, f"parallel.timeout_s={self.timeout_s} must be at least 1 second")
         _require(self.timeout_s <= 1e6, f"parallel.timeout_s={self.timeout_s} must be at most 1e6 seconds")
         self.layout()
 
@@ -275,13 +275,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require_positive("optimizer", self, "lr", "eps")
         _require(
-            self.distributed or not self.overlap_param_gather,
-            "optimizer.overlap_param_gather=true gathers what optimizer.distributed has sharded; "
-            "set optimizer.distributed=true, or leave it out",
-        )
-        _require(
-            self.overlap_grad_reduce or not self.overlap_param_gather,
-            "optimizer.overlap_param_gather=true needs optimizer.overlap_grad_reduce=true; set both, or neither",
+            (self.distributed and self.overlap_grad_reduce) or not self.overlap_param_gather,
+            "optimizer.overlap_param_gather=true needs optimizer.distributed=true, whose shards it gathers, and "
+            "optimizer.overlap_grad_reduce=true; set both, or leave overlap_param_gather out",
         )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)

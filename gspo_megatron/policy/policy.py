@@ -85,7 +85,7 @@ class MegatronPolicy:
 
     def _logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         with torch.no_grad():  # Megatron's schedules leave that to the caller
-            return [output[0] for output in forward_only(self.chunks, micro_batches)]
+            return [output[0] for output in forward_only(self.chunks, micro_batches, self.groups)]
 
     def train_step(self, batch: StepBatch, loss_function: LossFunction) -> StepResult:
         """One optimizer step on the loss summed over all micro-batches of all ranks."""
@@ -95,7 +95,11 @@ class MegatronPolicy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = forward_backward(
-            self.chunks, batch.micro_batches, loss_function, num_global_sequences=batch.num_global_sequences
+            self.chunks,
+            batch.micro_batches,
+            loss_function,
+            self.groups,
+            num_global_sequences=batch.num_global_sequences,
         )
         self.schedule.step(1)
         succeeded, grad_norm, _ = self.optimizer.step()

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.policy.attention import packed_sequences
 from gspo_megatron.policy.router import RouterInputs
 from gspo_megatron.types import MicroBatch
@@ -23,6 +23,7 @@ def forward_backward(
     chunks: Sequence[DistributedDataParallel],
     micro_batches: Sequence[MicroBatch],
     loss_function: LossFunction,
+    groups: ProcessGroups,
     *,
     num_global_sequences: int,
 ) -> list[Any]:
@@ -38,10 +39,12 @@ def forward_backward(
         value, report = loss_function(output[0], output[1], micro)
         return value, torch.zeros([], dtype=torch.int, device=value.device), report
 
-    return _run(chunks, micro_batches, loss, num_global_sequences=num_global_sequences, forward_only=False)
+    return _run(chunks, micro_batches, loss, groups, num_global_sequences=num_global_sequences, forward_only=False)
 
 
-def forward_only(chunks: Sequence[DistributedDataParallel], micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+def forward_only(
+    chunks: Sequence[DistributedDataParallel], micro_batches: Sequence[MicroBatch], groups: ProcessGroups
+) -> list[Tensor]:
     """[2, T] log-probabilities and entropies per micro-batch on the last pipeline stage, [] elsewhere.
 
     Call under `torch.no_grad()`: the schedule itself would keep the graph.
@@ -50,20 +53,18 @@ def forward_only(chunks: Sequence[DistributedDataParallel], micro_batches: Seque
     def collect(output: Tensor, micro: MicroBatch) -> Tensor:
         return output.detach()
 
-    return _run(chunks, micro_batches, collect, num_global_sequences=None, forward_only=True)
+    return _run(chunks, micro_batches, collect, groups, num_global_sequences=None, forward_only=True)
 
 
 def _run(
     chunks: Sequence[DistributedDataParallel],
     micro_batches: Sequence[MicroBatch],
     on_output: Callable[[Tensor, MicroBatch], Any],
+    groups: ProcessGroups,
     *,
     num_global_sequences: int | None,
     forward_only: bool,
 ) -> list[Any]:
-    context_rank = parallel_state.get_context_parallel_rank()
-    context_size = parallel_state.get_context_parallel_world_size()
-
     def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         micro = next(batches)
         output = model(
@@ -74,8 +75,8 @@ def _run(
             packed_seq_params=packed_sequences(
                 micro.cu_seqlens,
                 micro.max_seqlen,
-                context_rank=context_rank,
-                context_size=context_size,
+                context_rank=groups.coordinates.context,
+                context_size=groups.layout.context,
                 router_inputs=RouterInputs(micro, num_global_sequences),
             ),
         )

@@ -20,7 +20,7 @@ from gspo_megatron.preflight.describe import (
     every,
 )
 from gspo_megatron.preflight.inputs import check_answer, check_inputs
-from gspo_megatron.preflight.model import check_kernels, check_layout, check_weights, read_model
+from gspo_megatron.preflight.model import check_kernels, check_layout, check_memory, check_weights, read_model
 from gspo_megatron.preflight.result import Preflight, Problems, divisors, one_of
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def check_train(config: TrainConfig, *, folder: bool = True) -> Preflight:
 
     problems = Problems()
     fields = _check_common(config, problems, folder=folder)
+    if fields is not None:
+        check_memory(config, fields, problems)
     algorithm = config.algorithm
     warnings: list[str] = []
     with problems.collect():
@@ -70,6 +72,8 @@ def check_sft(config: SftConfig, *, folder: bool = True) -> Preflight:
     """Check a cold start; like `check_train`."""
     problems = Problems()
     fields = _check_common(config, problems, folder=folder)
+    if fields is not None:
+        check_memory(config, fields, problems)
     problems.require(
         config.sft.batch_size >= config.parallel.data,
         f"sft.batch_size={config.sft.batch_size} must be at least parallel.data={config.parallel.data}, "

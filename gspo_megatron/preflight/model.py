@@ -97,7 +97,7 @@ def check_layout(config: TrainConfig | SftConfig, fields: ModelFields, problems:
 
 
 def check_kernels(config: TrainConfig | SftConfig, fields: ModelFields, problems: Problems) -> None:
-    """Whether the chosen experts, attention and recomputation can run on this model and machine."""
+    """Whether the chosen experts, routers' losses and attention can run on this model and machine."""
     import torch
 
     from gspo_megatron.device import DTYPES
@@ -108,26 +108,14 @@ def check_kernels(config: TrainConfig | SftConfig, fields: ModelFields, problems
             getattr(model, name) == 0 or bool(fields.moe_layers),
             f"model.{name}={getattr(model, name):g}, but the model has no router (it is dense); use 0",
         )
-    if fields.num_experts is None:
-        problems.require(
-            config.memory.recompute != "moe",
-            'memory.recompute="moe", but the model has no experts (it is dense); use "selective", "full" or "none"',
-        )
-    elif model.experts == "grouped" and fields.expert_ffn_hidden_size % parallel.expert_tensor == 0:
+    if (
+        fields.num_experts is not None
+        and model.experts == "grouped"
+        and fields.expert_ffn_hidden_size % parallel.expert_tensor == 0
+    ):
         ffn_size = fields.expert_ffn_hidden_size // parallel.expert_tensor
         wrong = misaligned(fields.hidden_size, ffn_size, DTYPES[model.dtype])
         problems.require(wrong is None, f'model.experts="grouped" can\'t run: {wrong}; use "sequential"')
-    if config.memory.offload_optimizer > 0:
-        given = f"memory.offload_optimizer={config.memory.offload_optimizer:g}"
-        problems.require(
-            torch.cuda.is_available(), f"{given} moves state from a GPU to host memory, but there is no GPU; use 0"
-        )
-        problems.require(
-            model.dtype == "bfloat16",
-            f"{given} moves the float32 main parameters of a bfloat16 model, but "
-            f'model.dtype="{model.dtype}" has none; use dtype="bfloat16", or 0',
-        )
-        problems.require(config.optimizer.distributed, f"{given} needs optimizer.distributed=true; set it, or use 0")
     if model.attention == "transformer_engine":
         problems.require(
             importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available(),
@@ -139,6 +127,27 @@ def check_kernels(config: TrainConfig | SftConfig, fields: ModelFields, problems
             f'model.attention="transformer_engine" computes in bfloat16, but model.dtype="{model.dtype}"; '
             'use dtype="bfloat16", or attention="torch"',
         )
+
+
+def check_memory(config: TrainConfig | SftConfig, fields: ModelFields, problems: Problems) -> None:
+    """Whether the memory settings can do anything on this model and machine. An evaluation doesn't read them."""
+    import torch
+
+    problems.require(
+        config.memory.recompute != "moe" or bool(fields.moe_layers),
+        'memory.recompute="moe", but the model has no experts (it is dense); use "selective", "full" or "none"',
+    )
+    if config.memory.offload_optimizer > 0:
+        given = f"memory.offload_optimizer={config.memory.offload_optimizer:g}"
+        problems.require(
+            torch.cuda.is_available(), f"{given} moves state from a GPU to host memory, but there is no GPU; use 0"
+        )
+        problems.require(
+            config.model.dtype == "bfloat16",
+            f"{given} moves the float32 main parameters of a bfloat16 model, but "
+            f'model.dtype="{config.model.dtype}" has none; use dtype="bfloat16", or 0',
+        )
+        problems.require(config.optimizer.distributed, f"{given} needs optimizer.distributed=true; set it, or use 0")
 
 
 def check_divides(

@@ -66,7 +66,7 @@ def logits(
     if groups.is_last_stage:
         head = policy.chunks[-1].module.output_layer
         head.register_forward_pre_hook(lambda module, args: captured.append(args[0].detach()))
-    forward_only(policy.chunks, batch.micro_batches)
+    forward_only(policy.chunks, batch.micro_batches, groups)
     if not groups.is_last_stage:
         return None
     last = policy.chunks[-1].module
@@ -342,11 +342,26 @@ def optimizer_step(
         "router_losses": (result.router_losses.aux, result.router_losses.z),
         "num_micro_batches": len(step_batch.micro_batches),
         "num_buckets": sum(len(chunk.bucket_groups) for chunk in policy.chunks),
+        "in_effect": _in_effect(policy),
         # Whether there was response to learn from, per micro-batch of this rank's last stage.
         "has_response": [bool(m.response_mask.any()) for m in step_batch.micro_batches] if groups.is_last_stage else [],
         "is_padding": [bool((m.sequence_ids < 0).all()) for m in step_batch.micro_batches],
         "router_margin": min(margins, default=math.inf),
         "clip_margin": min(first_gap, default=math.inf),
+    }
+
+
+def _in_effect(policy: MegatronPolicy) -> dict[str, Any]:
+    """What settings came to, after an export: a setting that nobody reads changes nothing either."""
+    chunk = policy.chunks[0]
+    optimizer = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])[0]
+    return {
+        "distributed": type(optimizer).__name__ == "DistributedOptimizer",
+        "overlap_grad_reduce": chunk.ddp_config.overlap_grad_reduce,
+        "overlap_param_gather": chunk.ddp_config.overlap_param_gather,
+        "recompute": (chunk.config.recompute_granularity, chunk.config.recompute_modules),
+        "experts": {type(m.experts).__name__ for m in chunk.modules() if hasattr(m, "experts")},
+        "offload_gradients": all(b.grad_data.untyped_storage().size() == 0 for b in chunk.buffers),
     }
 
 

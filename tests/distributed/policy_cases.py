@@ -20,6 +20,7 @@ from gspo_megatron.config import (
 from gspo_megatron.data.exchange import distribute
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.job import build_job
+from gspo_megatron.policy import optimizer as optimizer_module
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.types import StepBatch
 from tests.distributed.cases import STEP_LENGTHS, join, make_policy, scatter, whole_gradients, whole_weights
@@ -80,6 +81,33 @@ def logprobs_between_steps(
             passes.append([m.old_logprobs.clone() for m in batch.micro_batches if m.old_logprobs is not None])
         policy.train_step(batch, sft.answer_loss(batch.num_global_sequences))
     return passes
+
+
+def steps_of_varying_size(layout: dict[str, int], folder: str, vocab: int, optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Steps on the same sequences in differing numbers of micro-batches; the weights after them, at rank 0.
+
+    Only from the second step on does Megatron start reductions within the backward pass, and how many gradients it
+    waits for it learns in the first.
+    """
+    groups = join(layout)
+    optimizer_module.BUCKET_NUMEL = 4096
+    try:
+        policy = make_policy(groups, folder, **optimizer)
+    finally:
+        optimizer_module.BUCKET_NUMEL = None
+    counts, norms = [], []
+    for token_budget in (80, 30, 40, 80):
+        [batch] = distribute(
+            scatter(groups, make_sequences(STEP_LENGTHS, vocab, seed=11)),
+            groups,
+            mini_batches=1,
+            token_budget=token_budget,
+            pad_token_id=0,
+            device=policy.device,
+        )
+        counts.append(len(batch.micro_batches))
+        norms.append(policy.train_step(batch, sft.answer_loss(batch.num_global_sequences)).grad_norm)
+    return {"weights": whole_weights(policy), "counts": counts, "grad_norms": norms}
 
 
 def graph_of_layers(layout: dict[str, int], folder: str, vocab: int) -> dict[str, list[bool]]:

@@ -61,6 +61,7 @@ def alone(
         policy.chunks,
         batch.micro_batches,
         lambda logprobs, entropy, micro: ((logprobs * 0).sum(), None),
+        groups,
         num_global_sequences=batch.num_global_sequences,
     )
     layers = len(policy.fields.moe_layers)

@@ -203,6 +203,26 @@ def test_every_layout_takes_the_same_step(
     check(ours, reference(algorithm))
 
 
+def in_effect(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What `cases.optimizer_step` must report of the settings."""
+    optimizer, memory = settings.get("optimizer", {}), settings.get("memory", {})
+    recompute = {
+        "none": (None, ["core_attn"]),
+        "selective": ("selective", ["core_attn"]),
+        "moe": ("selective", ["moe"]),
+        "full": ("full", ["core_attn"]),
+    }
+    sequential = settings.get("model", {}).get("experts") == "sequential"
+    return {
+        "distributed": optimizer.get("distributed", True),
+        "overlap_grad_reduce": optimizer.get("overlap_grad_reduce", False),
+        "overlap_param_gather": optimizer.get("overlap_param_gather", False),
+        "recompute": recompute[memory.get("recompute", "none")],
+        "experts": {"SequentialMLP" if sequential else "GroupedExperts"},
+        "offload_gradients": memory.get("offload_gradients", False),
+    }
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_that_must_change_nothing(
@@ -210,6 +230,7 @@ def test_settings_that_must_change_nothing(
 ) -> None:
     layout, settings = SETTINGS[name]
     ours = step(layout, "gspo", budget, settings=settings)
+    assert ours["in_effect"] == in_effect(settings)
     if "overlap" in name:
         assert ours["num_buckets"] >= 2 * layout.get("virtual_pipeline", 1)
     check(ours, reference("gspo"))

@@ -122,3 +122,22 @@ def test_a_pass_after_a_step_sees_the_parameters_that_are_gathered_late(
             moved = max(float((x - y).abs().max()) for x, y in zip(b, theirs[0], strict=True))
             assert after == 0 or moved > 1e-3
             assert max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"data": 2, "expert": 2}, {"data": 2, "pipeline": 2}, {"data": 2, "pipeline": 2, "virtual_pipeline": 2}],
+    ids=name_of,
+)
+@pytest.mark.parametrize("gather", [False, True])
+def test_overlap_waits_for_the_last_micro_batch(
+    gather: bool, layout: dict[str, int], folder: str, ranks: Callable[[int], RankPool]
+) -> None:
+    settings = {"lr": 1e-3, "eps": 1e-3}
+    overlap = settings | {"overlap_grad_reduce": True, "overlap_param_gather": gather}
+    [plain, *_] = run(ranks, "steps_of_varying_size", layout, folder, optimizer=settings)
+    [ours, *_] = run(ranks, "steps_of_varying_size", layout, folder, optimizer=overlap)
+    assert ours["counts"] == plain["counts"] and len(set(plain["counts"])) > 1
+    assert ours["grad_norms"] == pytest.approx(plain["grad_norms"], rel=1e-5)
+    for name, weight in plain["weights"].items():
+        assert (ours["weights"][name] - weight).abs().max() <= 1e-6, name

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from gspo_megatron.data.packing import plan_packing
 from gspo_megatron.metrics import METRICS
 from gspo_megatron.parallel import ParallelLayout
 from tests.distributed import tiny_models
+from tests.distributed.cases import STEP_LENGTHS
 from tests.distributed.rank_pool import RankPool
 
 MODEL = str(Path(__file__).parents[2] / "examples" / "quickstart" / "model")
@@ -114,6 +116,18 @@ def test_reference_model_stays_when_the_policy_moves(layout: dict[str, int], ran
 NOT_COMPARED = {"padding_fraction", "rollout_tokens_per_s", *(name for name in METRICS if name.startswith("time_"))}
 
 
+def padding_fraction(*, context: int) -> float:
+    """Of the batch of `recorded_row`, two mini-batches of at most 40 tokens a micro-batch on one replica: each sequence
+    is padded to a multiple of 2 × context."""
+    real = packed = 0
+    for lengths in (STEP_LENGTHS[:6], STEP_LENGTHS[6:]):
+        [micro_batches] = plan_packing(lengths, data_parallel=1, token_budget=40).assignment
+        for micro in micro_batches:
+            real += sum(lengths[i] for i in micro)
+            packed += sum(-(-lengths[i] // (2 * context)) * 2 * context for i in micro)
+    return 1 - real / packed
+
+
 def test_metrics_are_the_same_in_every_layout(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
     folder = tiny_models.write(tmp_path / "model", "moe")
     rows = {}
@@ -136,7 +150,10 @@ def test_metrics_are_the_same_in_every_layout(tmp_path: Path, ranks: Callable[[i
             vocab=tiny_models.VOCAB,
         )
         [line] = (run_folder / "metrics.jsonl").read_text().splitlines()
-        rows[name_of(layout)] = {k: v for k, v in json.loads(line).items() if k not in NOT_COMPARED}
+        row = json.loads(line)
+        if layout == {"context": 2}:
+            assert row["padding_fraction"] == pytest.approx(padding_fraction(context=2))
+        rows[name_of(layout)] = {k: v for k, v in row.items() if k not in NOT_COMPARED}
     truth = rows.pop(name_of({}))
     measured = ("loss", "entropy", "kl_reference", "clip_fraction_sequence", "log_ratio_sequence_p99", "grad_norm")
     for name in (*measured, "router_aux_loss", "router_z_loss"):
