@@ -57,7 +57,7 @@ def pack(
         token_ids=joined([s.token_ids for s in sequences], pad_token_id, torch.int64),
         targets=joined([shifted(s.token_ids) for s in sequences], pad_token_id, torch.int64),
         positions=torch.cat([torch.arange(n) for n in lengths])[share],
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).div(context_parallel).to(torch.int32),
+        cu_seqlens=(torch.tensor([0, *lengths]).cumsum(0) // context_parallel).to(torch.int32),
         sequence_ids=torch.tensor([s.index for s in sequences] + [-1] * bool(trailing)),
         lengths=torch.tensor(real_lengths + [0] * bool(trailing)),
         response_mask=joined([shifted(s.response_mask) for s in sequences], 0, torch.bool),

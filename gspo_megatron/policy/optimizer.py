@@ -17,9 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from gspo_megatron.config import MemoryConfig, OptimizerConfig
 from gspo_megatron.policy.model import PolicyModel, check_traps
 
-BUCKET_NUMEL: int | None = (
-    None  # parameters whose gradients are reduced together, with overlap; None: Megatron's choice
-)
+# Parameters whose gradients are reduced together where reduction overlaps; None: Megatron's choice.
+BUCKET_NUMEL: int | None = None
 
 
 def wrap_ddp(

@@ -15,6 +15,7 @@ import torch
 
 from gspo_megatron.parallel import ParallelLayout
 from tests.distributed import tiny_models
+from tests.distributed.cases import BRANCHES, EDGE_BRANCHES
 from tests.distributed.rank_pool import RankPool
 
 TOKENIZER = str(Path(__file__).parents[2] / "examples" / "quickstart" / "model")
@@ -87,7 +88,8 @@ SETTINGS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
     "MoE recomputation": ({"tensor": 2, "expert": 2}, {"memory": {"recompute": "moe"}}),
     "offloaded gradients": ({"data": 2}, {"memory": {"offload_gradients": True}}),
 }
-MEAN_ADVANTAGE = 0.74
+# Of the batch where it is smaller: the bound on the loss holds for both.
+MEAN_ADVANTAGE = min(sum(abs(a) for _, a in batch) / len(batch) for batch in (BRANCHES, EDGE_BRANCHES))
 
 
 def name_of(layout: dict[str, int]) -> str:
