@@ -3,7 +3,8 @@
 # Run again it does nothing if nothing changed; after an interruption it goes on where it stopped.
 #
 #   PYTHON=python3.12     the base Python; default: the first of python3.11, python3.12, python3 … that will do
-#   GSPO_CUDA=auto|0|1    auto: look for an NVIDIA GPU; 0: set up without one; 1: as if there were one
+#   GSPO_CUDA=auto|0|1    auto: look for an NVIDIA GPU, build CUDA kernels where nvcc is found; 0: neither;
+#                         1: as if there were a GPU, and fail without nvcc
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -79,7 +80,14 @@ choose_python() {  # prints the base Python; on a GPU machine one that has a CUD
 
 stamp() {  # what the environment depends on; a checkout that was moved needs its editable install again
     local files=(pyproject.toml setup.py requirements/constraints.txt tools/setup.sh)
-    { echo "$PWD $hardware ${PYTHON:-}"; cat "${files[@]}"; find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \) | sort | xargs -r cat; } | sha256sum | cut -d' ' -f1
+    {
+        echo "$PWD $hardware ${PYTHON:-}"
+        # What setup.py reads; an nvcc that was installed since builds the CUDA kernels.
+        echo "${GSPO_CUDA:-auto} ${CUDA_HOME:-} ${CUDA_PATH:-} ${CXX:-} ${CXXFLAGS:-}"
+        for nvcc in "$(command -v nvcc)" {"${CUDA_HOME:-}","${CUDA_PATH:-}",/usr/local/cuda}/bin/nvcc; do readlink -e "$nvcc" || true; done
+        cat "${files[@]}"
+        find csrc -type f ! -name '*.md' | sort | xargs -r cat
+    } | sha256sum | cut -d' ' -f1
 }
 
 show_packages_of() {  # --system-site-packages shows those of an installed Python, not those of a virtual environment
@@ -134,17 +142,23 @@ install_torch_gpu() {
 }
 
 report() {
-    "$VENV_PYTHON" -W ignore - <<'PY'
+    HARDWARE=$hardware "$VENV_PYTHON" -W ignore - <<'PY'
 import importlib.util
+import os
 
 import megatron.core
 import torch
+
+from gspo_megatron import _C
 
 def state(module: str) -> str:
     return "found; Megatron-Core's optimizer uses it" if importlib.util.find_spec(module) else "not found (used where present, never needed)"
 
 cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
 print(f"setup: torch {torch.__version__} ({cuda}), megatron-core {megatron.core.__version__}")
+print(f"setup: native operations: {_C.instruction_set()} on this processor, {'with' if _C.with_cuda else 'without'} CUDA kernels")
+if os.environ["HARDWARE"] == "gpu" and not _C.with_cuda:
+    print("setup: on a GPU the native operations need them: set CUDA_HOME to a CUDA toolkit, run 'make setup' again")
 print(f"setup: Transformer Engine: {state('transformer_engine')}")
 print(f"setup: apex: {state('amp_C')}")  # amp_C is NVIDIA's; the package of that name on PyPI is another project
 PY

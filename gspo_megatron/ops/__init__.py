@@ -1,18 +1,35 @@
 """Token log-probabilities and the sequence policy loss: the numerics that the clip depends on.
 
 Letters in shapes: T packed tokens, S sequences, V vocabulary, Vl its local shard, H hidden size.
-Every operation checks its arguments (ValueError) and never waits for the device.
+Every operation checks its arguments (ValueError) and, but for `skip_zero_rows`, never waits for the device.
+implementation="native" runs the kernels of csrc/ and raises UserError where they were not built;
+implementation="reference" runs their definition in plain torch, ops/reference.py.
 """
 
 from __future__ import annotations
 
+from types import MappingProxyType, ModuleType
+from typing import Final, Literal
+
 import torch.distributed as dist
 from torch import Tensor
 
-from gspo_megatron.ops import checks, reference
+from gspo_megatron.ops import checks, native, reference
+from gspo_megatron.ops.native.extension import check_device
 from gspo_megatron.ops.reference import Level, PolicyLossStats
 
-__all__ = ["PolicyLossStats", "linear_logprobs", "sequence_mean", "sequence_policy_loss", "token_logprobs"]
+__all__ = [
+    "Implementation",
+    "PolicyLossStats",
+    "check_device",
+    "linear_logprobs",
+    "sequence_mean",
+    "sequence_policy_loss",
+    "token_logprobs",
+]
+
+Implementation = Literal["native", "reference"]
+_IMPLEMENTATIONS: Final = MappingProxyType[str, ModuleType]({"native": native, "reference": reference})
 
 
 def token_logprobs(
@@ -24,6 +41,7 @@ def token_logprobs(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     inplace_backward: bool = False,
+    implementation: Implementation = "native",
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each distribution softmax(logits / temperature).
 
@@ -49,7 +67,7 @@ def token_logprobs(
     checks.check_token_logprobs(
         logits, targets, temperature=temperature, vocab_start=vocab_start, vocab_size=vocab_size, group=group
     )
-    return reference.token_logprobs(
+    return _IMPLEMENTATIONS[implementation].token_logprobs(
         logits,
         targets,
         temperature=temperature,
@@ -70,6 +88,9 @@ def linear_logprobs(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     reduce_hidden_grad: bool = True,
+    weight_grad: Tensor | None = None,  # [Vl, H]
+    skip_zero_rows: bool = False,
+    implementation: Implementation = "native",
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` of the logits hidden @ weight.T, without ever holding [T, Vl].
 
@@ -81,13 +102,24 @@ def linear_logprobs(
         weight: this rank's rows of the output layer, of hidden's dtype.
         reduce_hidden_grad: sum the gradient of hidden over the group in backward. False where the caller's own
             backward does so, as the gather of sequence parallelism does.
+        weight_grad: backward adds the weight's gradient here, in this dtype, and gives the weight none. Megatron's
+            float32 main_grad then takes it without a copy and without rounding.
+        skip_zero_rows: backward leaves out the tokens whose incoming gradients are 0: masked ones, and those of
+            clipped sequences. To know how many they are it waits for the device, once.
 
     The other arguments, and what is returned, are those of `token_logprobs`.
     """
     checks.check_linear_logprobs(
-        hidden, weight, targets, temperature=temperature, vocab_start=vocab_start, vocab_size=vocab_size, group=group
+        hidden,
+        weight,
+        targets,
+        temperature=temperature,
+        vocab_start=vocab_start,
+        vocab_size=vocab_size,
+        group=group,
+        weight_grad=weight_grad,
     )
-    return reference.linear_logprobs(
+    return _IMPLEMENTATIONS[implementation].linear_logprobs(
         hidden,
         weight,
         targets,
@@ -96,6 +128,8 @@ def linear_logprobs(
         vocab_size=vocab_size,
         group=group,
         reduce_hidden_grad=reduce_hidden_grad,
+        weight_grad=weight_grad,
+        skip_zero_rows=skip_zero_rows,
     )
 
 
@@ -113,6 +147,7 @@ def sequence_policy_loss(
     level: Level = "sequence",
     weights: Tensor | None = None,  # [T]
     cp_group: dist.ProcessGroup | None = None,
+    implementation: Implementation = "native",
 ) -> tuple[Tensor, PolicyLossStats]:
     """Clipped policy loss over packed sequences: GSPO and GSPO-token (arXiv 2507.18071), or GRPO.
 
@@ -157,7 +192,7 @@ def sequence_policy_loss(
         level=level,
         weights=weights,
     )
-    return reference.sequence_policy_loss(
+    return _IMPLEMENTATIONS[implementation].sequence_policy_loss(
         logprobs,
         old_logprobs,
         response_mask,
@@ -180,6 +215,7 @@ def sequence_mean(
     *,
     num_sequences: int | None = None,
     cp_group: dist.ProcessGroup | None = None,
+    implementation: Implementation = "native",
 ) -> Tensor:
     """(1/N) Σ_i (1/T_i) Σ_t values_it over response tokens: the mean that the KL and entropy terms use.
 
@@ -187,4 +223,6 @@ def sequence_mean(
     result [] is this rank's share there too, to be summed over context-parallel ranks and micro-batches.
     """
     checks.check_sequence_mean(values, response_mask, cu_seqlens, num_sequences=num_sequences)
-    return reference.sequence_mean(values, response_mask, cu_seqlens, num_sequences=num_sequences, cp_group=cp_group)
+    return _IMPLEMENTATIONS[implementation].sequence_mean(
+        values, response_mask, cu_seqlens, num_sequences=num_sequences, cp_group=cp_group
+    )

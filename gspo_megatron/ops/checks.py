@@ -88,6 +88,7 @@ def check_linear_logprobs(
     vocab_start: int,
     vocab_size: int | None,
     group: dist.ProcessGroup | None,
+    weight_grad: Tensor | None = None,
 ) -> None:
     """Raise ValueError unless the arguments of `ops.linear_logprobs` fit each other."""
     _check_matrix("hidden", hidden, "T, H")
@@ -99,6 +100,9 @@ def check_linear_logprobs(
     if weight.dtype != hidden.dtype:
         raise ValueError(f"weight has dtype {weight.dtype} and hidden {hidden.dtype}; they must be the same")
     _check_device("weight", weight, hidden.device)
+    if weight_grad is not None:
+        _check_shape("weight_grad", weight_grad, tuple(weight.shape), "Vl, H")
+        _check_device("weight_grad", weight_grad, hidden.device)
     _check_shape("targets", targets, (hidden.shape[0],), "T")
     _check_device("targets", targets, hidden.device)
     _check_softmax(

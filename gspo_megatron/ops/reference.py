@@ -44,7 +44,7 @@ class PolicyLossStats:
 
 
 @dataclass(frozen=True)
-class _Shard:
+class Shard:
     """This rank's part of the softmax."""
 
     start: int  # vocabulary index of the first local column
@@ -63,7 +63,7 @@ class _Shard:
         vocab_start: int,
         vocab_size: int | None,
         group: dist.ProcessGroup | None,
-    ) -> _Shard:
+    ) -> Shard:
         ranks = 1 if group is None else group.size()
         columns_end = vocab_start + columns if group is None else ranks * columns
         end = columns_end if vocab_size is None else min(vocab_size, columns_end)
@@ -82,7 +82,7 @@ class _Shard:
         return column.clamp(0, max(self.width - 1, 0)), (column >= 0) & (column < self.width)
 
 
-def _all_reduce(values: Tensor, op: Any, group: dist.ProcessGroup | None) -> Tensor:
+def all_reduce(values: Tensor, op: Any, group: dist.ProcessGroup | None) -> Tensor:
     """Reduce in place over the group; without one, or alone in it, do nothing."""
     if group is not None and group.size() > 1:
         dist.all_reduce(values, op=op, group=group)
@@ -94,7 +94,7 @@ def _row_blocks(rows: int, columns: int, elements: int) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def _statistics_dtype(values: Tensor) -> torch.dtype:
+def statistics_dtype(values: Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
@@ -103,9 +103,9 @@ def _without_infinity(maximum: Tensor) -> Tensor:
     return maximum.masked_fill(maximum == -math.inf, 0.0)
 
 
-def _local_statistics(logits: Tensor, targets: Tensor, shard: _Shard) -> Tensor:
+def _local_statistics(logits: Tensor, targets: Tensor, shard: Shard) -> Tensor:
     """[4, T] over the local columns: max m, Σ e^x, Σ x·e^x with x = z - m, and the target's z (0 off-shard)."""
-    dtype = _statistics_dtype(logits)
+    dtype = statistics_dtype(logits)
     statistics = logits.new_zeros((4, logits.shape[0]), dtype=dtype)
     if shard.width == 0:  # all columns of this rank are padding
         statistics[0] = -math.inf
@@ -123,13 +123,13 @@ def _local_statistics(logits: Tensor, targets: Tensor, shard: _Shard) -> Tensor:
     return statistics
 
 
-def _merge(statistics: Tensor, targets: Tensor, shard: _Shard) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _merge(statistics: Tensor, targets: Tensor, shard: Shard) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From each rank's statistics: the common shift, log Σ e^(z - shift), log-probability, entropy; all [T].
 
     The sum holds e^0 of the largest logit, so that it is at least 1: a log-probability is never above 0.
     """
     local_max, sum_exp, sum_x_exp, target = statistics
-    maximum = _all_reduce(local_max.clone(), dist.ReduceOp.MAX, shard.group)
+    maximum = all_reduce(local_max.clone(), dist.ReduceOp.MAX, shard.group)
     shift = _without_infinity(maximum)
     delta = (local_max - shift).clamp(min=_FLOOR)  # a rank of -inf columns has the weight exp(-1e4) = 0
     scale = delta.exp()
@@ -137,7 +137,7 @@ def _merge(statistics: Tensor, targets: Tensor, shard: _Shard) -> tuple[Tensor, 
     sums = torch.stack(
         [scale * sum_exp, scale * (sum_x_exp + delta * sum_exp), torch.where(is_local, target - shift, 0.0)]
     )
-    sum_exp, sum_x_exp, target = _all_reduce(sums, dist.ReduceOp.SUM, shard.group)
+    sum_exp, sum_x_exp, target = all_reduce(sums, dist.ReduceOp.SUM, shard.group)
     is_impossible = maximum == -math.inf
     log_sum = sum_exp.log().masked_fill(is_impossible, 0.0)
     entropy = (log_sum - sum_x_exp / sum_exp).masked_fill(is_impossible, 0.0)
@@ -146,7 +146,7 @@ def _merge(statistics: Tensor, targets: Tensor, shard: _Shard) -> tuple[Tensor, 
     return shift, log_sum, logprobs, entropy
 
 
-def _no_gradient(grad_logprobs: Tensor, grad_entropy: Tensor | None) -> Tensor:
+def no_gradient(grad_logprobs: Tensor, grad_entropy: Tensor | None) -> Tensor:
     """[T] bool: the token asks for nothing. It then gets exactly 0, whatever its logits hold."""
     quiet = grad_logprobs == 0
     return quiet if grad_entropy is None else quiet & (grad_entropy == 0)
@@ -161,15 +161,15 @@ def _write_logits_gradient(
     entropy: Tensor,  # [T]
     grad_logprobs: Tensor,  # [T]
     grad_entropy: Tensor | None,  # [T]
-    shard: _Shard,
+    shard: Shard,
 ) -> None:
     """out = 1/temperature · [ g_logp (1{v = target} - p_v) - g_ent p_v (log p_v + H) ], 0 in padded columns."""
     out[:, shard.width :] = 0
     if shard.width == 0:
         return
-    dtype = _statistics_dtype(logits)
+    dtype = statistics_dtype(logits)
     column, is_local = shard.locate(targets)
-    quiet = _no_gradient(grad_logprobs, grad_entropy)
+    quiet = no_gradient(grad_logprobs, grad_entropy)
     grad_logprobs = grad_logprobs.to(dtype) / shard.temperature
     at_target = torch.where(is_local, grad_logprobs, 0.0)
     if grad_entropy is not None:
@@ -190,7 +190,7 @@ def _write_logits_gradient(
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, shard: _Shard, inplace_backward: bool
+        ctx: Any, logits: Tensor, targets: Tensor, shard: Shard, inplace_backward: bool
     ) -> tuple[Tensor, Tensor]:
         statistics = _local_statistics(logits, targets, shard)
         shift, log_sum, logprobs, entropy = _merge(statistics, targets, shard)
@@ -224,7 +224,7 @@ def token_logprobs(
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Definition of `ops.token_logprobs`; arguments as there, unchecked."""
-    shard = _Shard.of(
+    shard = Shard.of(
         logits.shape[1], temperature=temperature, vocab_start=vocab_start, vocab_size=vocab_size, group=group
     )
     return _TokenLogprobs.apply(logits, targets, shard, inplace_backward)
@@ -248,16 +248,22 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shard: _Shard, reduce_hidden_grad: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        shard: Shard,
+        reduce_hidden_grad: bool,
+        weight_grad: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         head = _operand(weight[: shard.width])
-        statistics = hidden.new_empty((4, hidden.shape[0]), dtype=_statistics_dtype(hidden))
+        statistics = hidden.new_empty((4, hidden.shape[0]), dtype=statistics_dtype(hidden))
         for rows in _row_blocks(hidden.shape[0], shard.width, _PRODUCT_ELEMENTS[hidden.device.type]):
             logits = _product(_operand(hidden[rows]), head.t())
             statistics[:, rows] = _local_statistics(logits, targets[rows], shard)
         shift, log_sum, logprobs, entropy = _merge(statistics, targets, shard)
         ctx.save_for_backward(hidden, weight, targets, shift, log_sum, entropy)
-        ctx.shard, ctx.reduce_hidden_grad = shard, reduce_hidden_grad
+        ctx.shard, ctx.reduce_hidden_grad, ctx.weight_grad = shard, reduce_hidden_grad, weight_grad
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -265,11 +271,11 @@ class _LinearLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, shift, log_sum, entropy = ctx.saved_tensors
-        shard: _Shard = ctx.shard
+        shard: Shard = ctx.shard
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(shift)
-        quiet = _no_gradient(grad_logprobs, grad_entropy)
+        quiet = no_gradient(grad_logprobs, grad_entropy)
         head = _operand(weight[: shard.width])
         grad_hidden = torch.zeros_like(hidden, dtype=shift.dtype) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=shift.dtype) if needs_weight else None
@@ -295,11 +301,14 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_weight[: shard.width] += _product(grad_logits.t(), inputs)
         if grad_hidden is not None:
             if ctx.reduce_hidden_grad:
-                _all_reduce(grad_hidden, dist.ReduceOp.SUM, shard.group)  # in float32, before any rounding
+                all_reduce(grad_hidden, dist.ReduceOp.SUM, shard.group)  # in float32, before any rounding
             grad_hidden = grad_hidden.to(hidden.dtype)
+        if grad_weight is not None and ctx.weight_grad is not None:
+            ctx.weight_grad += grad_weight
+            grad_weight = None
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def linear_logprobs(
@@ -312,12 +321,14 @@ def linear_logprobs(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     reduce_hidden_grad: bool = True,
+    weight_grad: Tensor | None = None,
+    skip_zero_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Definition of `ops.linear_logprobs`; arguments as there, unchecked."""
-    shard = _Shard.of(
+    """Definition of `ops.linear_logprobs`; arguments as there, unchecked. Computes every row, skipped or not."""
+    shard = Shard.of(
         weight.shape[0], temperature=temperature, vocab_start=vocab_start, vocab_size=vocab_size, group=group
     )
-    return _LinearLogprobs.apply(hidden, weight, targets, shard, reduce_hidden_grad)
+    return _LinearLogprobs.apply(hidden, weight, targets, shard, reduce_hidden_grad, weight_grad)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -371,7 +382,7 @@ class _SequencePolicyLoss(torch.autograd.Function):
         # Subtracted per token, then summed, in float64: a float32 difference of sums is 200 times worse.
         token_log_ratio = select(logprobs) - select(old_logprobs)
         sums = _sums_per_sequence(torch.stack([token_log_ratio, mask.double()]), sequences, num_local)
-        sum_log_ratio, num_tokens = _all_reduce(sums, dist.ReduceOp.SUM, settings.cp_group)
+        sum_log_ratio, num_tokens = all_reduce(sums, dist.ReduceOp.SUM, settings.cp_group)
         length = num_tokens.clamp(min=1.0)
         sequence_log_ratio = sum_log_ratio / length  # [S+1] log s_i
         log_ratio = token_log_ratio if settings.level == "token" else sequence_log_ratio[sequences]
@@ -402,7 +413,7 @@ class _SequencePolicyLoss(torch.autograd.Function):
         ctx.dtype = logprobs.dtype
 
         num_clipped = _sums_per_sequence(clipped.double()[None], sequences, num_local)
-        num_clipped = _all_reduce(num_clipped, dist.ReduceOp.SUM, settings.cp_group)[0]
+        num_clipped = all_reduce(num_clipped, dist.ReduceOp.SUM, settings.cp_group)[0]
         outputs = (
             loss.to(logprobs.dtype),
             sequence_log_ratio[:-1].to(logprobs.dtype),
@@ -456,7 +467,7 @@ def sequence_mean(
     sequences = sequence_of_token(cu_seqlens, values.numel())
     mask = response_mask & (sequences < num_local)
     num_tokens = _sums_per_sequence(mask.double()[None], sequences, num_local)
-    length = _all_reduce(num_tokens, dist.ReduceOp.SUM, cp_group)[0].clamp(min=1.0)
+    length = all_reduce(num_tokens, dist.ReduceOp.SUM, cp_group)[0].clamp(min=1.0)
     divisor = length[sequences] * (num_local if num_sequences is None else num_sequences)
     total = (torch.where(mask, values.double(), 0.0) / divisor).sum()
-    return total.to(_statistics_dtype(values))
+    return total.to(statistics_dtype(values))

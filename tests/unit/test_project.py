@@ -1,4 +1,4 @@
-"""The project's own files: import contract, pinned versions, setup script, native build."""
+"""The project's own files: import contract, pinned versions, setup script."""
 
 from __future__ import annotations
 
@@ -193,33 +193,3 @@ def test_setup_that_cannot_download_names_the_step_and_can_go_on(setup_copy: Pat
     again = run_setup(setup_copy, **offline)
     assert again.returncode == 1
     assert "going on with the .venv that is there" in again.stdout
-
-
-@pytest.fixture
-def package_sources(setup_copy: Path) -> Path:
-    """A folder that setup.py can build: the project's files around an empty package."""
-    (setup_copy / "gspo_megatron").mkdir()
-    shutil.copy(ROOT / "gspo_megatron/__init__.py", setup_copy / "gspo_megatron")
-    for name in ("README.md", "LICENSE"):
-        (setup_copy / name).touch()
-    return setup_copy
-
-
-def test_native_build_is_empty_without_sources_and_checks_gspo_cuda(package_sources: Path) -> None:
-    build = (sys.executable, "setup.py", "build_ext", "--inplace")
-    built = run(*build, cwd=package_sources, GSPO_CUDA="auto")
-    assert built.returncode == 0, built.stderr
-    assert list(package_sources.rglob("*.so")) == []
-    refused = run(*build, cwd=package_sources, GSPO_CUDA="2")
-    assert refused.returncode != 0
-    assert 'GSPO_CUDA="2" must be auto, 0 or 1' in refused.stderr
-
-
-def test_native_build_compiles_bindings_where_there_are_any(package_sources: Path) -> None:
-    (package_sources / "csrc/bindings.cpp").write_text(
-        '#include <pybind11/pybind11.h>\nPYBIND11_MODULE(_C, m) { m.def("seven", [] { return 7; }); }\n'
-    )
-    built = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=package_sources, GSPO_CUDA="0")
-    assert built.returncode == 0, built.stderr
-    called = run(sys.executable, "-c", "from gspo_megatron import _C; print(_C.seven())", cwd=package_sources)
-    assert called.stdout == "7\n", called.stderr

@@ -1,4 +1,6 @@
-"""Two processes over gloo run every case once: `python gloo_cases.py RANK STORE OUT`. Used by test_ops_parallel.
+"""Processes over gloo run every case once. Used by test_ops_parallel.
+
+    python gloo_cases.py RANK WORLD IMPLEMENTATION STORE OUT
 
 Each case compares what this rank computes with the same operation on one rank, and raises where they differ.
 OUT.RANK receives a JSON object: case → null, or its traceback.
@@ -13,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gspo_megatron.ops import linear_logprobs, sequence_mean, sequence_policy_loss, token_logprobs
+from gspo_megatron import ops
 
-WORLD = 2
+WORLD = int(sys.argv[2])
+IMPLEMENTATION: Any = sys.argv[3]
+token_logprobs = partial(ops.token_logprobs, implementation=IMPLEMENTATION)
+linear_logprobs = partial(ops.linear_logprobs, implementation=IMPLEMENTATION)
+sequence_policy_loss = partial(ops.sequence_policy_loss, implementation=IMPLEMENTATION)
+sequence_mean = partial(ops.sequence_mean, implementation=IMPLEMENTATION)
 Group = dist.ProcessGroup
 
 
@@ -63,14 +71,14 @@ def compare_logits(rank: int, group: Group, logits: Tensor, targets: Tensor, voc
 
 
 def token_logprobs_are_those_of_one_rank(rank: int, group: Group) -> None:
-    logits = torch.randn(9, 14, generator=generator(), dtype=torch.float64) * 4
-    compare_logits(rank, group, logits, torch.randint(14, (9,), generator=generator()), None)
+    logits = torch.randn(9, 16, generator=generator(), dtype=torch.float64) * 4
+    compare_logits(rank, group, logits, torch.randint(16, (9,), generator=generator()), None)
 
 
 def padding_across_the_shards(rank: int, group: Group) -> None:
     """Padding in the last shard only, up to it, and filling it: that rank has no column in the softmax."""
-    logits = torch.randn(9, 14, generator=generator(), dtype=torch.float64) * 4
-    for vocab_size in (13, 8, 7, 3):
+    logits = torch.randn(9, 16, generator=generator(), dtype=torch.float64) * 4
+    for vocab_size in (15, 9, 8, 3):
         logits[:, vocab_size:] = math.nan
         targets = torch.randint(vocab_size, (9,), generator=generator())
         compare_logits(rank, group, logits.clone(), targets, vocab_size)
@@ -83,7 +91,7 @@ def minus_infinity_on_a_whole_shard(rank: int, group: Group) -> None:
     compare_logits(rank, group, logits, targets, None)
     part = logits[:, shards(8, rank)].clone()
     part[3] = -math.inf
-    logprobs, entropy = token_logprobs(part, targets, vocab_start=rank * 4, group=group)
+    logprobs, entropy = token_logprobs(part, targets, vocab_start=rank * 8 // WORLD, group=group)
     assert logprobs[:3].isfinite().all() and logprobs[3] == -math.inf and entropy.isfinite().all()
 
 
@@ -96,7 +104,7 @@ def targets_outside_the_vocabulary(rank: int, group: Group) -> None:
 def ranks_agree_bitwise(rank: int, group: Group) -> None:
     """A clip decided differently on two tensor-parallel ranks would give them different losses."""
     part = torch.randn(64, 500, generator=generator(rank))
-    targets = torch.randint(1000, (64,), generator=generator())
+    targets = torch.randint(500 * WORLD, (64,), generator=generator())
     logprobs, entropy = token_logprobs(part, targets, vocab_start=500 * rank, group=group)
     for values in (logprobs, entropy):
         other = values.clone()
@@ -135,8 +143,8 @@ def linear_logprobs_reduce_the_hidden_gradient(rank: int, group: Group) -> None:
         close(grad_weight, expected_weight[mine])
 
 
-LENGTHS = [8, 4, 12, 4, 8]
-RESPONSES = ["....xxxx", "..xx", ".....xx.xxxx", "....", "...xxx.x"]
+RESPONSES = ["........xxxxxxxx", "....xxxx", "..........xxxx..xxxxxxxx", "........", "......xxxxxx..xx"]
+LENGTHS = [len(text) for text in RESPONSES]
 LOG_S = [2e-4, 6e-4, -5e-4, 0.0, 0.5]
 ADVANTAGES = [1.0, 0.7, -1.2, 0.4, -0.6]
 
@@ -156,7 +164,7 @@ def packed() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def zigzag(cu_seqlens: Tensor, rank: int) -> Tensor:
-    """Indices of a rank's tokens: each sequence in four chunks, rank 0 holds the outer two."""
+    """Indices of a rank's tokens: each sequence in two chunks a rank, rank 0 holds the outer two."""
     parts = []
     for start, length in zip(cu_seqlens[:-1].tolist(), LENGTHS, strict=True):
         chunks = torch.arange(start, start + length).chunk(2 * WORLD)
@@ -164,12 +172,12 @@ def zigzag(cu_seqlens: Tensor, rank: int) -> Tensor:
     return torch.cat(parts)
 
 
-def halves(cu_seqlens: Tensor, rank: int) -> Tensor:
-    """Indices of a rank's tokens: the first or the second half of each sequence."""
+def pieces(cu_seqlens: Tensor, rank: int) -> Tensor:
+    """Indices of a rank's tokens: one piece of each sequence."""
     starts = cu_seqlens[:-1].tolist()
     return torch.cat(
         [
-            torch.arange(start + rank * length // 2, start + (rank + 1) * length // 2)
+            torch.arange(start + rank * length // WORLD, start + (rank + 1) * length // WORLD)
             for start, length in zip(starts, LENGTHS, strict=True)
         ]
     )
@@ -235,16 +243,17 @@ def context_parallel_grpo(rank: int, group: Group) -> None:
     compare_context_parallel(rank, group, zigzag, "token", per_token=False, weighted=True)
 
 
-def context_parallel_halves(rank: int, group: Group) -> None:
-    compare_context_parallel(rank, group, halves, "sequence", per_token=False, weighted=False)
+def context_parallel_pieces(rank: int, group: Group) -> None:
+    compare_context_parallel(rank, group, pieces, "sequence", per_token=False, weighted=False)
 
 
 def context_parallel_rank_without_response_tokens(rank: int, group: Group) -> None:
     """Long prompts leave a rank with prompt tokens alone (slime broke here): it must still run backward."""
     prompt = torch.full((6,), math.nan, dtype=torch.float64)
     response = torch.linspace(-1, -0.5, 6, dtype=torch.float64)
-    logprobs = (response if rank else prompt).clone().requires_grad_()
-    mask = torch.full((6,), bool(rank))
+    has_response = rank == WORLD - 1
+    logprobs = (response if has_response else prompt).clone().requires_grad_()
+    mask = torch.full((6,), has_response)
     cu_seqlens = torch.tensor([0, 2, 6])
     loss, stats = sequence_policy_loss(
         logprobs,
@@ -263,7 +272,51 @@ def context_parallel_rank_without_response_tokens(rank: int, group: Group) -> No
     close(stats.log_ratio, torch.full((2,), 1e-4, dtype=torch.float64))
     assert stats.num_response_tokens.tolist() == [2, 4]
     assert logprobs.grad is not None
-    assert (logprobs.grad != 0).all() if rank else torch.equal(logprobs.grad, torch.zeros(6, dtype=torch.float64))
+    assert (
+        (logprobs.grad != 0).all() if has_response else torch.equal(logprobs.grad, torch.zeros(6, dtype=torch.float64))
+    )
+
+
+def tensor_and_context_parallel(rank: int, group: Group) -> None:
+    """From hidden states to the loss on 2 × 2 ranks; with two ranks the context-parallel groups have one."""
+    tensor_size, context_size = 2, WORLD // 2
+    tensor_rank, context_rank = rank % 2, rank // 2
+    tensor_groups = [dist.new_group([2 * c, 2 * c + 1]) for c in range(context_size)]
+    context_groups = [dist.new_group(list(range(t, WORLD, 2))) for t in range(tensor_size)]
+    _, old, mask, cu_seqlens = packed()
+    tokens = mask.numel()
+    hidden = torch.randn(tokens, 5, generator=generator(9), dtype=torch.float64)
+    weight = torch.randn(8, 5, generator=generator(10), dtype=torch.float64)
+    targets = torch.randint(7, (tokens,), generator=generator(11))
+    advantages = torch.tensor(ADVANTAGES, dtype=torch.float64)
+    clip = {"clip_low": 0.2, "clip_high": 0.2}
+
+    whole = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    logprobs, entropy = linear_logprobs(whole[0], whole[1], targets, vocab_size=7)
+    old = logprobs.detach() - old / 10
+    expected, expected_stats = sequence_policy_loss(logprobs, old, mask, cu_seqlens, advantages, **clip)
+    expected_total = expected - 0.1 * sequence_mean(entropy, mask, cu_seqlens)
+    expected_hidden, expected_weight = torch.autograd.grad(expected_total, whole)
+
+    mine = torch.cat(
+        [
+            torch.arange(start + context_rank * n // context_size, start + (context_rank + 1) * n // context_size)
+            for start, n in zip(cu_seqlens[:-1].tolist(), LENGTHS, strict=True)
+        ]
+    )
+    columns = slice(4 * tensor_rank, 4 * tensor_rank + 4)
+    part = [hidden[mine].clone().requires_grad_(), weight[columns].clone().requires_grad_()]
+    local_cu, cp_group = cu_seqlens // context_size, context_groups[tensor_rank]
+    logprobs, entropy = linear_logprobs(
+        part[0], part[1], targets[mine], vocab_start=columns.start, vocab_size=7, group=tensor_groups[context_rank]
+    )
+    loss, stats = sequence_policy_loss(logprobs, old[mine], mask[mine], local_cu, advantages, cp_group=cp_group, **clip)
+    total = loss - 0.1 * sequence_mean(entropy, mask[mine], local_cu, cp_group=cp_group)
+    grad_hidden, grad_weight = torch.autograd.grad(total, part)
+    dist.all_reduce(grad_weight, group=cp_group)
+    close(grad_hidden, expected_hidden[mine])
+    close(grad_weight, expected_weight[columns])
+    close(stats.log_ratio, expected_stats.log_ratio)
 
 
 CASES: list[Callable[[int, Group], None]] = [
@@ -277,8 +330,9 @@ CASES: list[Callable[[int, Group], None]] = [
     context_parallel_gspo_weighted,
     context_parallel_gspo_token,
     context_parallel_grpo,
-    context_parallel_halves,
+    context_parallel_pieces,
     context_parallel_rank_without_response_tokens,
+    tensor_and_context_parallel,
 ]
 
 
@@ -300,4 +354,4 @@ def main(rank: int, store: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(int(sys.argv[1]), sys.argv[4], sys.argv[5])

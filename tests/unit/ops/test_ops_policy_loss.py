@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gspo_megatron.ops import PolicyLossStats, sequence_mean, sequence_policy_loss
 
+pytestmark = pytest.mark.usefixtures("each_implementation")
+
 LOW, HIGH = 3e-4, 4e-4  # the paper's clip
 LOG_LOW, LOG_HIGH = math.log1p(-LOW), math.log1p(HIGH)
 

@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gspo_megatron.ops import linear_logprobs, reference, token_logprobs
 
+pytestmark = pytest.mark.usefixtures("each_implementation")
+
 
 def definition(
     logits: Tensor, targets: Tensor, *, temperature: float = 1.0, vocab_size: int | None = None
