@@ -312,6 +312,18 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    """How log-probabilities and the policy loss are computed."""
+
+    implementation: Literal["native", "reference"] = "native"
+    """native: the compiled kernels; reference: their definition in plain torch, slower, for debugging."""
+    skip_zero_gradients: bool = True
+    """Leave tokens without gradient out of the output layer's backward pass: the prompts' tokens, and clipped responses
+    where there is no KL and no entropy term. Leave out the backward pass of a whole micro-batch without gradient, but
+    not under pipeline or expert parallelism, overlapped reductions or routers' losses. A GPU waits each time."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Held-out evaluation."""
 
@@ -337,11 +349,15 @@ class LogConfig:
     """Rollouts written to samples.jsonl per rollout batch of train."""
     tensorboard: bool = False
     """Write TensorBoard event files into the run folder."""
+    profile_batch: int = 0
+    """The rollout batch of train that torch's profiler records, on every rank, into the run folder's `profile`;
+    0: none."""
     wandb_project: str = ""
     """Weights & Biases project; empty: off. WANDB_MODE=offline works."""
 
     def __post_init__(self) -> None:
-        _require(self.samples_per_batch >= 0, f"log.samples_per_batch={self.samples_per_batch} must be at least 0")
+        for name in ("samples_per_batch", "profile_batch"):
+            _require(getattr(self, name) >= 0, f"log.{name}={getattr(self, name)} must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -383,6 +399,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     train: TrainLoopConfig = field(default_factory=TrainLoopConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -400,6 +417,7 @@ class SftConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     sft: SftLoopConfig = field(default_factory=SftLoopConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

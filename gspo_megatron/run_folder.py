@@ -15,7 +15,7 @@ from gspo_megatron.errors import UserError
 
 CONFIG_FILE = "config.toml"
 RECORDS = ("metrics.jsonl", "samples.jsonl")
-SAVED_FOLDERS = ("final", "tensorboard")
+SAVED_FOLDERS = ("final", "tensorboard", "profile")
 RUN_FILES = (CONFIG_FILE, *RECORDS, "report.html", "report.png")
 
 

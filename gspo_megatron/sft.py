@@ -32,12 +32,16 @@ def run(config: SftConfig) -> None:
             seed=config.run.seed,
             total_steps=config.sft.steps,
             memory=config.memory,
+            kernels=config.kernels,
         )
         with Recorder(job, "sft", config.sft.steps, unit="step").open() as recorder:
             for step in range(1, config.sft.steps + 1):
                 start = time.perf_counter()
                 batch = _batch(job, step - 1, max_positions=policy.fields.max_position_embeddings)
-                result = policy.train_step(batch, answer_loss(batch.num_global_sequences, job.groups.sequence_group))
+                loss_function = answer_loss(
+                    batch.num_global_sequences, job.groups.sequence_group, config.kernels.implementation
+                )
+                result = policy.train_step(batch, loss_function)
                 loss = sum(job.all_gather(sum(map(float, result.reports)) if job.groups.reports_loss else None))
                 row = {"loss": loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
                 row |= router_losses([result.router_losses])
@@ -55,7 +59,11 @@ def run(config: SftConfig) -> None:
         policy.save_hf(Path(config.run.folder) / "final")
 
 
-def answer_loss(num_sequences: int, cp_group: dist.ProcessGroup | None = None) -> LossFunction:
+def answer_loss(
+    num_sequences: int,
+    cp_group: dist.ProcessGroup | None = None,
+    implementation: ops.Implementation = "native",
+) -> LossFunction:
     """Negative log-likelihood of the answers, each answer weighing the same whatever its length.
 
     The report is the micro-batch's loss, summed over the context-parallel group.
@@ -63,7 +71,12 @@ def answer_loss(num_sequences: int, cp_group: dist.ProcessGroup | None = None) -
 
     def loss(logprobs: Tensor, entropy: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         value = ops.sequence_mean(
-            -logprobs, micro.response_mask, micro.cu_seqlens, num_sequences=num_sequences, cp_group=cp_group
+            -logprobs,
+            micro.response_mask,
+            micro.cu_seqlens,
+            num_sequences=num_sequences,
+            cp_group=cp_group,
+            implementation=implementation,
         )
         report = value.detach().clone()
         if cp_group is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from gspo_megatron import algorithms
@@ -15,6 +15,7 @@ from gspo_megatron.experience import collect
 from gspo_megatron.job import Job, open_job, sync_weights
 from gspo_megatron.policy.policy import MegatronPolicy, StepResult
 from gspo_megatron.policy.step import LossFunction
+from gspo_megatron.profiling import profiled
 from gspo_megatron.recorder import BatchOutcome, Recorder
 from gspo_megatron.step_metrics import observed_loss
 from gspo_megatron.types import Sequence, StepBatch
@@ -25,7 +26,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, job: Job) -> None:
         self.config, self.job = config, job
-        self.algorithm = algorithms.build(config.algorithm)
+        self.algorithm = algorithms.build(config.algorithm, config.kernels.implementation)
         self.mismatch = algorithms.Mismatch.from_config(config.algorithm)
         self.policy = MegatronPolicy(
             config.model,
@@ -36,6 +37,7 @@ class Trainer:
             temperature=config.rollout.temperature,
             keep_reference=self.algorithm.needs_reference,
             memory=config.memory,
+            kernels=config.kernels,
         )
         self.version = -1  # of the weights that the engines hold
         self.next_prompt = 0
@@ -48,7 +50,8 @@ class Trainer:
         with Recorder(self.job, "train", total).open() as recorder:
             recorder.write(0, {"policy_version": 0}, evaluate(self.job))
             for batch in range(1, total + 1):
-                outcome = self.step(batch)
+                with self.profiled(batch):
+                    outcome = self.step(batch)
                 due = batch == total or (every > 0 and batch % every == 0)
                 recorder.batch(batch, outcome, evaluate(self.job) if due else None)
         self.policy.save_hf(Path(self.config.run.folder) / "final")
@@ -96,6 +99,11 @@ class Trainer:
         """Hand the policy's weights to the engines as a new version. Returns the bytes handed to this rank's engine."""
         self.version += 1
         return sync_weights(self.policy, self.job, self.version)
+
+    def profiled(self, batch: int) -> AbstractContextManager[None]:
+        """Records the rollout batch, if it is the one to be recorded."""
+        is_on = batch == self.config.log.profile_batch
+        return profiled(self.config.run.folder, f"batch_{batch}", self.job.groups.rank, is_on=is_on)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -14,6 +14,7 @@ from gspo_megatron.algorithms.mismatch import Mismatch
 from gspo_megatron.algorithms.total_loss import Objective, objective
 from gspo_megatron.config import AlgorithmConfig
 from gspo_megatron.errors import UserError, nearest
+from gspo_megatron.ops import Implementation
 
 __all__ = ["ALGORITHMS", "Algorithm", "Mismatch", "Objective", "build", "objective", "resolve", "warnings"]
 
@@ -26,7 +27,7 @@ ALGORITHMS: Final = MappingProxyType(
 )
 
 
-def build(config: AlgorithmConfig) -> Algorithm:
+def build(config: AlgorithmConfig, implementation: Implementation = "native") -> Algorithm:
     """The algorithm of a config, fields left unset taking the algorithm's defaults.
 
     Raises:
@@ -38,8 +39,9 @@ def build(config: AlgorithmConfig) -> Algorithm:
             f"{nearest(config.name, ALGORITHMS)}"
         )
     kind = ALGORITHMS[config.name]
-    given = {f.name: getattr(config, f.name) for f in fields(kind)}
-    algorithm = kind(**{name: value for name, value in given.items() if value is not None})
+    given = {f.name: getattr(config, f.name) for f in fields(kind) if f.name != "implementation"}
+    settings = {name: value for name, value in given.items() if value is not None}
+    algorithm = kind(**settings, implementation=implementation)
     _refuse_token_mean(config, algorithm)
     if _unusual_clips(algorithm) and not config.allow_unusual_clip:
         raise UserError(_unusual_clip_message(algorithm) + " Set algorithm.allow_unusual_clip=true to run it anyway.")

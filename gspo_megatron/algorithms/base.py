@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gspo_megatron.errors import UserError
-from gspo_megatron.ops import PolicyLossStats, sequence_policy_loss
+from gspo_megatron.ops import Implementation, PolicyLossStats, sequence_policy_loss
 from gspo_megatron.ops.reference import Level
 from gspo_megatron.types import MicroBatch
 
@@ -39,6 +39,7 @@ class Algorithm(ABC):
     normalize_std: bool = True
     mini_batches: int = 4
     dynamic_sampling: bool = False
+    implementation: Implementation = "native"  # of the operations: kernels.implementation
 
     def __post_init__(self) -> None:
         if self.kl_coefficient < 0:
@@ -129,4 +130,5 @@ class Algorithm(ABC):
             level=self.level,
             weights=weights,
             cp_group=cp_group,
+            implementation=self.implementation,
         )

@@ -62,7 +62,12 @@ def objective(
 
     def mean(values: Tensor) -> Tensor:
         return sequence_mean(
-            values, batch.response_mask, batch.cu_seqlens, num_sequences=num_sequences, cp_group=cp_group
+            values,
+            batch.response_mask,
+            batch.cu_seqlens,
+            num_sequences=num_sequences,
+            cp_group=cp_group,
+            implementation=algorithm.implementation,
         ).to(policy_loss.dtype)
 
     loss = policy_loss

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from gspo_megatron import ops
-from gspo_megatron.config import MemoryConfig, ModelConfig
+from gspo_megatron.config import KernelsConfig, MemoryConfig, ModelConfig
 from gspo_megatron.device import DTYPES, current_device
 from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.policy.attention import core_attention
@@ -39,11 +39,19 @@ class LogprobHead(ColumnParallelLinear):
     vocab_size: int
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, targets: Tensor, *, temperature: float, weight: Tensor | None = None
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        temperature: float,
+        kernels: KernelsConfig,
+        weight: Tensor,
+        is_embedding: bool,
     ) -> Tensor:
         """hidden [T/tp, 1, H] (or [T, 1, H] without sequence parallelism), targets [1, T] -> [2, T] float32:
-        log-probabilities and entropies, the same on every tensor-parallel rank."""
-        weight = self.weight if weight is None else weight
+        log-probabilities and entropies, the same on every tensor-parallel rank.
+
+        `is_embedding`: the weight is this model chunk's embedding too, and gets a gradient from there."""
         if self.sequence_parallel:
             # The gather's backward is a reduce-scatter: it sums the ranks' partial gradients.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
@@ -56,14 +64,28 @@ class LogprobHead(ColumnParallelLinear):
             vocab_size=self.vocab_size,
             group=self.tp_group if self.tp_group.size() > 1 else None,
             reduce_hidden_grad=not self.sequence_parallel,
+            # Added to without a copy of the weight's size, and without rounding it to the model's dtype.
+            weight_grad=getattr(weight, "main_grad", None),
+            skip_zero_rows=kernels.skip_zero_gradients,
+            implementation=kernels.implementation,
         )
-        return torch.stack([logprobs, entropy])
+        output = torch.stack([logprobs, entropy])
+        if output.requires_grad and hasattr(weight, "main_grad") and not is_embedding:
+            output.register_hook(partial(_announce_gradient, weight))
+        return output
+
+
+def _announce_gradient(weight: Tensor, _: Tensor) -> None:
+    """Megatron's DDP, where reductions overlap, wants to see a gradient before it takes the weight for done."""
+    weight.grad = torch.zeros_like(weight[:1, :1]).expand_as(weight)  # no memory of the weight's size
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
 
 
 class PolicyModel(GPTModel):
     """GPTModel whose last stage returns [2, T] log-probabilities and entropies of `labels`."""
 
     temperature: float = 1.0
+    kernels = KernelsConfig()
 
     def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -76,8 +98,15 @@ class PolicyModel(GPTModel):
         if not self.post_process:
             return hidden_states
         assert labels is not None
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden_states, labels, temperature=self.temperature, weight=weight)
+        is_tied = self.share_embeddings_and_output_weights
+        return self.output_layer(
+            hidden_states,
+            labels,
+            temperature=self.temperature,
+            kernels=self.kernels,
+            weight=self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight,
+            is_embedding=is_tied and self.pre_process,
+        )
 
 
 RECOMPUTATION: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gspo_megatron.config import MemoryConfig, ModelConfig, OptimizerConfig
+from gspo_megatron.config import KernelsConfig, MemoryConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.device import DTYPES, current_device
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.policy.model import build_model, mark_parallel, parameter_slots, transformer_config
@@ -46,14 +46,15 @@ class MegatronPolicy:
         temperature: float = 1.0,
         keep_reference: bool = False,
         memory: MemoryConfig | None = None,
+        kernels: KernelsConfig | None = None,
     ) -> None:
-        memory = memory or MemoryConfig()
+        memory, kernels = memory or MemoryConfig(), kernels or KernelsConfig()
         self.groups, self.source = groups, Path(model.path)
         self.family, self.fields = load_fields(model.path)
         config = transformer_config(self.fields, groups.layout, model, memory)
         chunks = build_model(self.fields, config, groups.layout, model)
         for chunk in chunks:
-            chunk.temperature = temperature
+            chunk.temperature, chunk.kernels = temperature, kernels
         slots = list(parameter_slots(chunks, groups.layout, self.fields))
         self.weights = PolicyWeights(self.family, self.fields, groups, slots)
         mark_parallel(slots, self.weights.specs)
@@ -66,6 +67,13 @@ class MegatronPolicy:
         self.chunks = wrap_ddp(chunks, config, optimizer)
         self.optimizer = build_optimizer(self.chunks, optimizer, memory, DTYPES[model.dtype])
         self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
+        # Elsewhere other ranks wait in collectives of the backward pass, or for its gradients.
+        self.skip_zero_gradients = (
+            kernels.skip_zero_gradients
+            and groups.layout.pipeline == groups.layout.expert == 1
+            and not optimizer.overlap_grad_reduce
+            and not self.router_losses.is_on
+        )
         self.reference = ReferenceWeights(self.weights.parameters) if keep_reference else None
 
     def fill_old_logprobs(self, batches: Sequence[StepBatch]) -> None:
@@ -100,6 +108,7 @@ class MegatronPolicy:
             loss_function,
             self.groups,
             num_global_sequences=batch.num_global_sequences,
+            skip_zero_gradients=self.skip_zero_gradients,
         )
         self.schedule.step(1)
         succeeded, grad_norm, _ = self.optimizer.step()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -26,20 +27,54 @@ def forward_backward(
     groups: ProcessGroups,
     *,
     num_global_sequences: int,
+    skip_zero_gradients: bool = False,
 ) -> list[Any]:
     """Accumulate the gradient of the loss function summed over micro-batches and reduce it over all ranks.
 
     The loss carries its own global 1/N. Returning a token count of zero beside the loss keeps Megatron
     from rescaling it by micro-batches, data- or context-parallel ranks (`calculate_per_token_loss`).
     `num_global_sequences` is that N, for the routers' losses, whose gradients come on top.
+    `skip_zero_gradients` leaves out the backward pass of a micro-batch whose tokens all have gradient 0. Only for
+    layouts whose backward pass communicates within the tensor- and context-parallel groups alone.
     Returns the loss function's reports on the last pipeline stage, [] elsewhere.
     """
 
     def loss(output: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor, Any]:
         value, report = loss_function(output[0], output[1], micro)
+        if skip_zero_gradients:
+            value = _without_idle_backward(value, output, groups.sequence_group)
         return value, torch.zeros([], dtype=torch.int, device=value.device), report
 
     return _run(chunks, micro_batches, loss, groups, num_global_sequences=num_global_sequences, forward_only=False)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A loss whose gradient by the model's output was computed already."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_value, None, None
+
+
+def _without_idle_backward(value: Tensor, output: Tensor, sequence_group: dist.ProcessGroup | None) -> Tensor:
+    """The loss, cut off from the model where its gradient by the model's output is 0 on every context-parallel rank.
+
+    Tensor-parallel ranks have the same output and loss, and so decide the same.
+    """
+    (gradient,) = torch.autograd.grad(value, output)
+    is_needed = gradient.any()
+    if sequence_group is not None:
+        is_needed = is_needed.int()
+        dist.all_reduce(is_needed, dist.ReduceOp.MAX, group=sequence_group)
+    if is_needed:
+        return _KnownGradient.apply(output, value.detach(), gradient)
+    return value.detach().requires_grad_().clone()  # Megatron may write over it: no leaf
 
 
 def forward_only(

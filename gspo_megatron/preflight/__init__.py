@@ -159,9 +159,16 @@ def _unread_settings(config: TrainConfig | SftConfig) -> list[str]:
             f'optimizer.min_lr={optimizer.min_lr:g} is not read with optimizer.decay="constant"; '
             'use "linear" or "cosine", or leave min_lr out'
         )
-    samples = config.log.samples_per_batch
-    if isinstance(config, SftConfig) and samples != LogConfig().samples_per_batch:
-        warnings.append(f"log.samples_per_batch={samples} is not read by sft, which writes no samples")
+    samples, profiled = config.log.samples_per_batch, config.log.profile_batch
+    if isinstance(config, SftConfig):
+        if samples != LogConfig().samples_per_batch:
+            warnings.append(f"log.samples_per_batch={samples} is not read by sft, which writes no samples")
+        if profiled > 0:
+            warnings.append(f"log.profile_batch={profiled} is not read by sft, which has no rollout batches")
+    elif profiled > config.train.rollout_batches:
+        warnings.append(
+            f"log.profile_batch={profiled} is never reached: train.rollout_batches={config.train.rollout_batches}"
+        )
     return warnings
 
 

@@ -97,11 +97,15 @@ def check_layout(config: TrainConfig | SftConfig, fields: ModelFields, problems:
 
 
 def check_kernels(config: TrainConfig | SftConfig, fields: ModelFields, problems: Problems) -> None:
-    """Whether the chosen experts, routers' losses and attention can run on this model and machine."""
+    """Whether the chosen kernels, experts, routers' losses and attention can run on this model and machine."""
     import torch
 
-    from gspo_megatron.device import DTYPES
+    from gspo_megatron import ops
+    from gspo_megatron.device import DTYPES, current_device
 
+    if config.kernels.implementation == "native":
+        with problems.collect():
+            ops.check_device(current_device())
     model, parallel = config.model, config.parallel
     for name in ("router_aux_loss", "router_z_loss"):
         problems.require(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
-from gspo_megatron.config import ModelConfig, OptimizerConfig
+from gspo_megatron.config import KernelsConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.data.exchange import distribute
 from gspo_megatron.device import current_device
 from gspo_megatron.groups import ProcessGroups
@@ -32,10 +32,11 @@ def join(layout: dict[str, int]) -> ProcessGroups:
     return initialize(ParallelLayout(**layout), seed=0, timeout_s=TIMEOUT_S)
 
 
-def make_policy(groups: ProcessGroups, folder: str, **optimizer: Any) -> MegatronPolicy:
-    return MegatronPolicy(
-        ModelConfig(path=folder), OptimizerConfig(**({"lr": 1e-3} | optimizer)), groups, seed=0, total_steps=10
-    )
+def make_policy(
+    groups: ProcessGroups, folder: str, kernels: KernelsConfig | None = None, **optimizer: Any
+) -> MegatronPolicy:
+    settings = OptimizerConfig(**({"lr": 1e-3} | optimizer))
+    return MegatronPolicy(ModelConfig(path=folder), settings, groups, seed=0, total_steps=10, kernels=kernels)
 
 
 def scatter(groups: ProcessGroups, sequences: list[Sequence]) -> list[Sequence]:
@@ -251,9 +252,9 @@ def optimizer_step(
 ) -> dict[str, Any]:
     """The trainer's own `learn` on a fixed batch; gradients, loss, log s and weights after the step.
 
-    `settings` holds further fields of the sections model, optimizer and memory. `sabotage` takes one normalisation
-    out: "data" or "micro_batch" (N counts what is local only), "n" (no N at all), "context" (sums over a rank's own
-    tokens), "megatron" (Megatron's own averaging is left on).
+    `settings` holds further fields of the sections model, optimizer, memory and kernels. `sabotage` takes one
+    normalisation out: "data" or "micro_batch" (N counts what is local only), "n" (no N at all), "context" (sums over a
+    rank's own tokens), "megatron" (Megatron's own averaging is left on).
     """
     from dataclasses import replace
 
@@ -274,6 +275,7 @@ def optimizer_step(
         # Adam's first step is lr·g/(|g| + eps): the usual eps would blow up the rounding of gradients near 0.
         optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.01, eps=1e-3, **more.get("optimizer", {})),
         memory=MemoryConfig(**more.get("memory", {})),
+        kernels=KernelsConfig(**more.get("kernels", {})),
     )
     original_ddp = optimizer_module.DistributedDataParallel
     optimizer_module.BUCKET_NUMEL = 4096  # several buckets, where reduction overlaps
@@ -361,6 +363,8 @@ def _in_effect(policy: MegatronPolicy) -> dict[str, Any]:
         "overlap_param_gather": chunk.ddp_config.overlap_param_gather,
         "recompute": (chunk.config.recompute_granularity, chunk.config.recompute_modules),
         "experts": {type(m.experts).__name__ for m in chunk.modules() if hasattr(m, "experts")},
+        "kernels": chunk.module.kernels.implementation,
+        "skip_zero_gradients": policy.skip_zero_gradients,
         "offload_gradients": all(b.grad_data.untyped_storage().size() == 0 for b in chunk.buffers),
     }
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from gspo_megatron import sft
+from gspo_megatron import algorithms, sft
 from gspo_megatron.config import (
+    AlgorithmConfig,
     DataConfig,
+    KernelsConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -22,6 +25,7 @@ from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.job import build_job
 from gspo_megatron.policy import optimizer as optimizer_module
 from gspo_megatron.policy.policy import MegatronPolicy
+from gspo_megatron.step_metrics import observed_loss
 from gspo_megatron.types import StepBatch
 from tests.distributed.cases import STEP_LENGTHS, join, make_policy, scatter, whole_gradients, whole_weights
 from tests.distributed.tiny_models import make_sequences
@@ -108,6 +112,38 @@ def steps_of_varying_size(layout: dict[str, int], folder: str, vocab: int, optim
         counts.append(len(batch.micro_batches))
         norms.append(policy.train_step(batch, sft.answer_loss(batch.num_global_sequences)).grad_norm)
     return {"weights": whole_weights(policy), "counts": counts, "grad_norms": norms}
+
+
+def idle_micro_batches(layout: dict[str, int], folder: str, vocab: int, skip: bool) -> dict[str, Any]:
+    """A step whose loss leaves out some sequences, so that whole micro-batches have no gradient: the gradients, and how
+    many micro-batches' backward passes went through the model."""
+    groups = join(layout)
+    policy = make_policy(groups, folder, kernels=KernelsConfig(skip_zero_gradients=skip))
+    [batch] = _batches(policy, groups, vocab, 1)
+    passes, idle = [0], 0
+    if groups.is_last_stage:
+        norm = policy.chunks[-1].module.decoder.final_layernorm
+        norm.register_full_backward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    for k, micro in enumerate(batch.micro_batches):
+        # The first keeps its shortest response alone: under context parallelism not every rank holds some of it.
+        lengths = [int(micro.response_mask[a:b].sum()) for a, b in pairwise(micro.cu_seqlens.tolist())]
+        micro.advantages.fill_(0.0)
+        if k == 0:
+            micro.advantages[min(range(len(lengths)), key=lambda i: lengths[i] or 10**9)] = 1.0
+        idle += k > 0
+    policy.fill_old_logprobs([batch])
+    gradients: dict[str, torch.Tensor] = {}
+    step = policy.optimizer.step
+
+    def capture_then_step() -> Any:
+        gradients.update(whole_gradients(policy))
+        return step()
+
+    policy.optimizer.step = capture_then_step
+    algorithm, mismatch = algorithms.build(AlgorithmConfig()), algorithms.Mismatch("off")
+    loss = observed_loss(algorithm, mismatch, num_sequences=batch.num_global_sequences, cp_group=groups.sequence_group)
+    policy.train_step(batch, loss)
+    return {"gradients": gradients, "passes": passes[0], "idle": idle, "count": len(batch.micro_batches)}
 
 
 def graph_of_layers(layout: dict[str, int], folder: str, vocab: int) -> dict[str, list[bool]]:

@@ -22,7 +22,8 @@ LENGTHS = [97, 12, 64, 33, 120, 25, 6, 80]
 
 def _rounded_head(hidden: Tensor, weight: Tensor, targets: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
     """The head as a bfloat16 linear layer gives it: logits rounded to bfloat16 before the log-softmax."""
-    arguments.pop("reduce_hidden_grad")
+    for name in ("reduce_hidden_grad", "weight_grad", "skip_zero_rows"):
+        arguments.pop(name)
     return ops.token_logprobs(hidden @ weight.t(), targets, **arguments)
 
 

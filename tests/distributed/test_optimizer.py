@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from gspo_megatron.config import KernelsConfig
 from gspo_megatron.parallel import ParallelLayout
 from tests.distributed import tiny_models
 from tests.distributed.rank_pool import RankPool
@@ -141,3 +143,22 @@ def test_overlap_waits_for_the_last_micro_batch(
     assert ours["grad_norms"] == pytest.approx(plain["grad_norms"], rel=1e-5)
     for name, weight in plain["weights"].items():
         assert (ours["weights"][name] - weight).abs().max() <= 1e-6, name
+
+
+@pytest.mark.parametrize("layout", [{"data": 2}, {"data": 2, "pipeline": 2}], ids=name_of)
+def test_overlap_with_a_weight_that_is_embedding_and_head(
+    layout: dict[str, int], tmp_path: Path, ranks: Callable[[int], RankPool]
+) -> None:
+    """The head adds its part of the gradient to the buffer itself, the embedding through autograd, on one stage or two;
+    without overlap, with it, and with the definition's operations."""
+    tied = str(tiny_models.write(tmp_path / "tied", "tied"))
+    settings = {"lr": 1e-3, "eps": 1e-3}
+    reference = settings | {"kernels": KernelsConfig(implementation="reference")}
+    truth, *others = (
+        run(ranks, "steps_of_varying_size", layout, tied, optimizer=optimizer)[0]
+        for optimizer in (reference, settings, settings | {"overlap_grad_reduce": True})
+    )
+    for ours in others:
+        assert ours["grad_norms"] == pytest.approx(truth["grad_norms"], rel=1e-5)
+        for name, weight in truth["weights"].items():
+            assert (ours["weights"][name] - weight).abs().max() <= 1e-6, name

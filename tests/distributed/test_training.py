@@ -162,3 +162,22 @@ def test_metrics_are_the_same_in_every_layout(tmp_path: Path, ranks: Callable[[i
         for name, value in truth.items():
             expected = pytest.approx(value, rel=1e-6, abs=1e-6) if isinstance(value, float) else value
             assert row[name] == expected, f"{layout_name}: {name}"
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"context": 2}, {"data": 2}, {"pipeline": 2}], ids=name_of)
+def test_micro_batches_without_gradient_skip_backward(
+    layout: dict[str, int], tmp_path: Path, ranks: Callable[[int], RankPool]
+) -> None:
+    folder = str(tiny_models.write(tmp_path / "moe", "moe"))
+    arguments = {"layout": layout, "folder": folder, "vocab": tiny_models.VOCAB}
+    pool = ranks(ParallelLayout(**layout).world_size)
+    whole = pool.run("tests.distributed.policy_cases:idle_micro_batches", skip=False, **arguments)
+    ours = pool.run("tests.distributed.policy_cases:idle_micro_batches", skip=True, **arguments)
+    assert max(float(g.norm()) for g in whole[0]["gradients"].values()) > 1e-3
+    for name, gradient in whole[0]["gradients"].items():
+        torch.testing.assert_close(ours[0]["gradients"][name], gradient, rtol=0, atol=1e-7)
+    for with_all, without in zip(whole, ours, strict=True):
+        assert with_all["count"] >= 2 and with_all["idle"] >= 1
+        skipped = 0 if "pipeline" in layout else with_all["idle"]
+        if with_all["passes"]:  # 0 where it is not the last stage
+            assert (with_all["passes"], without["passes"]) == (with_all["count"], with_all["count"] - skipped)

@@ -379,6 +379,23 @@ def test_the_process_ends_with_2_and_only_the_message(train: Path) -> None:
     assert done.stderr.startswith('error: unknown option "--algoritm.clip_low"') and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_without_the_extension_native_kernels_are_refused(command: str, train: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['gspo_megatron._C'] = None\n")  # not to be had
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+
+    def run(*overrides: str) -> subprocess.CompletedProcess[str]:
+        arguments = [sys.executable, "-m", "gspo_megatron", command, str(train), *overrides]
+        return subprocess.run(arguments, env=environment, capture_output=True, text=True)
+
+    result = run()
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "make setup" in result.stderr and 'kernels.implementation="reference"' in result.stderr
+    assert not (tmp_path / "run").exists()
+    if command == "check":
+        assert run("--kernels.implementation", "reference").returncode == 0
+
+
 def test_an_unexpected_error_keeps_its_traceback(tmp_path: Path) -> None:
     code = (
         "import sys; from gspo_megatron import cli\n"
