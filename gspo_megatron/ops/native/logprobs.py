@@ -279,7 +279,10 @@ class _Chunks:
     def __init__(self, hidden: Tensor, weight: Tensor, columns: _Columns) -> None:
         self.hidden, self.weight, self.columns = hidden, weight, columns  # hidden is an operand
         tokens = max(hidden.shape[0], 1)
-        self.size = max(min(_CHUNK_ELEMENTS[hidden.device.type] // tokens, columns.width), 1)
+        columns_at_once = _CHUNK_ELEMENTS[hidden.device.type] // tokens
+        if columns_at_once > 64:
+            columns_at_once -= columns_at_once % 64  # rows of the chunk start where vectors may
+        self.size = max(min(columns_at_once, columns.width), 1)
         self.memory = hidden.new_empty(tokens * self.size, dtype=statistics_dtype(hidden))
 
     def __iter__(self) -> Iterator[tuple[slice, _Columns, Tensor, Tensor]]:
