@@ -4,13 +4,16 @@ PYTEST := OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest
 SOURCES := gspo_megatron tests tools examples setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-system check format bench gpu-check clean
+.PHONY: help setup setup-peers quickstart test test-system check format bench gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## make .venv with the tested versions; run again it does nothing
 	@tools/setup.sh
+
+setup-peers:  ## make .venv-peers, where TRL runs beside us in benchmarks
+	@tools/setup_peers.sh
 
 quickstart: setup  ## cold-start a small MoE and improve it with GSPO on this machine's CPU
 	@examples/quickstart/run.sh
@@ -31,7 +34,7 @@ format: setup  ## rewrite the sources in the project's format
 	$(PYTHON_VENV) -m ruff format $(SOURCES)
 	$(PYTHON_VENV) -m ruff check --fix $(SOURCES)
 
-bench: setup  ## run tools/benchmark_*.py
+bench: setup setup-peers  ## run tools/benchmark_*.py
 	@tools/bench.sh
 
 gpu-check: setup  ## on a GPU: build, run the tests marked gpu, benchmark kernels and training; else exit 2
