@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).parents[2]
@@ -34,3 +38,84 @@ def test_the_benchmark_holds_a_layout_to_the_formula(tmp_path: Path) -> None:
     assert len(rows) == 2
     assert float(rows[0][6]) == pytest.approx(float(rows[0][7]), rel=0.05)
     assert float(rows[0][6]) > 1
+
+
+def kernel_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools/benchmark_kernels.py"), "--device", "cpu", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+
+
+def environment_with(folder: Path, package: str, source: str) -> Path:
+    """A virtual environment's folders with one package."""
+    packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    (packages / package).mkdir(parents=True)
+    (packages / package / "__init__.py").write_text(source)
+    return folder
+
+
+def test_kernels_are_measured_and_a_peer_that_ends_the_process_is_left_out(tmp_path: Path) -> None:
+    peers = environment_with(tmp_path / "peers", "trl", "import os, sys\nsys.stderr.write('went down')\nos._exit(7)\n")
+    output = tmp_path / "kernels"
+    sizes = ["--size", "linear_logprobs=64x16x300", "--size", "policy_loss=8x512"]
+    cases = ["--cases", "linear_logprobs,policy_loss", "--repetitions", "2"]
+    done = kernel_benchmark(*cases, *sizes, "--peers", str(peers), "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    assert output.with_suffix(".md").read_text() in done.stdout
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    report = json.loads(output.with_suffix(".json").read_text())
+    statuses: dict[str, list[str]] = {}
+    for case in report["cases"]:
+        for row in case["rows"]:
+            statuses.setdefault(row["status"], []).append(row["name"])
+            if row["status"] == "ok":
+                assert len(row["forward_s"]) == len(row["backward_s"]) == 2
+                assert row["extra_bytes"] is not None
+    assert statuses["failed"] == ["TRL ChunkedLogProbFunction"] * 2
+    assert all("Liger" in name for name in statuses["not installed"])
+    assert set(statuses) == {"ok", "failed", "not installed"}
+    assert "exit code 7, went down" in done.stdout
+    assert len([figure for figure in report["figures"] if figure["met"] is not None]) == 7
+
+
+@pytest.mark.parametrize("case", ["token_logprobs", "sparse_backward"])
+def test_candidates_agree_with_the_definition(case: str, tmp_path: Path) -> None:
+    size = {"token_logprobs": "48x300", "sparse_backward": "256x16x300"}[case]
+    output = tmp_path / "kernels"
+    arguments = ["--cases", case, "--size", f"{case}={size}", "--repetitions", "1", "--output", str(output)]
+    done = kernel_benchmark(*arguments)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.with_suffix(".json").read_text())["cases"][0]["rows"]
+    wrong = [row["name"] for row in rows if row["status"] not in ("ok", "not installed")]
+    # Megatron's rounds its gradient to bfloat16 also for float32 logits.
+    assert set(wrong) <= {"Megatron fused_vocab_parallel_cross_entropy"}
+    assert all(row["status"] == "ok" for row in rows if row["ours"])
+
+
+@pytest.mark.parametrize("what", ["value", "gradient"])
+def test_a_wrong_candidate_is_reported_and_not_timed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from kernel_benchmark import policy_loss, worker
+    from kernel_benchmark.case import Candidate, Prepared
+
+    def prepare(problem: Any) -> Prepared:
+        right = policy_loss.padded(problem)
+
+        def forward() -> tuple[torch.Tensor, ...]:
+            (loss,) = right.forward()
+            return (loss + 1e-3,) if what == "value" else (1.001 * loss - 0.001 * loss.detach(),)
+
+        return dataclasses.replace(right, forward=forward)
+
+    candidates = (*policy_loss.CASE.candidates[-1:], Candidate("wrong", policy_loss.LOSS, prepare))
+    monkeypatch.setitem(worker.CASES, "policy_loss", dataclasses.replace(policy_loss.CASE, candidates=candidates))
+    request = worker.Request("policy_loss", [8, 512], "cpu", "float32", 1, 2, answer="", progress="/dev/null")
+    right, wrong = worker.Worker(request).times()["rows"]
+    assert (right["status"], len(right["forward_s"])) == ("ok", 2)
+    assert (wrong["status"], len(wrong["forward_s"])) == ("wrong", 0)
+    assert wrong["note"].startswith("output loss" if what == "value" else "gradient log-probs")
+
+
+def test_sizes_are_refused_with_the_letters_they_need() -> None:
+    done = kernel_benchmark("--size", "linear_logprobs=64x300")
+    assert done.returncode == 2
+    assert "TxHxV" in done.stderr
