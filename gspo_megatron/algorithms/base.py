@@ -23,8 +23,8 @@ STD_EPSILON = 1e-6
 class Algorithm(ABC):
     """Resolved settings of an objective. A subclass gives its name, its level, its defaults and its loss.
 
-    Fields carry the names of `AlgorithmConfig`, where each is explained; a field of None there takes the
-    default of the class.
+    Fields but the last carry the names of `AlgorithmConfig`, where each is explained; a field of None there takes
+    the default of the class.
     """
 
     name: ClassVar[str]
