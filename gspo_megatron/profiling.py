@@ -25,6 +25,6 @@ def profiled(run_folder: str, name: str, rank: int, *, is_on: bool) -> Iterator[
     folder = Path(run_folder) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     sort_by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    table = recording.key_averages().table(sort_by=sort_by, row_limit=60, max_name_column_width=60)
+    table = recording.key_averages().table(sort_by=sort_by, row_limit=-1, max_name_column_width=80)
     (folder / f"{name}.rank_{rank}.txt").write_text(table)
     recording.export_chrome_trace(str(folder / f"{name}.rank_{rank}.json"))

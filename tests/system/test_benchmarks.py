@@ -40,6 +40,17 @@ def test_the_benchmark_holds_a_layout_to_the_formula(tmp_path: Path) -> None:
     assert float(rows[0][6]) > 1
 
 
+def test_the_loss_head_is_measured(tmp_path: Path) -> None:
+    output = tmp_path / "table.md"
+    command = [sys.executable, str(ROOT / "tools/benchmark_loss_head.py"), "--batches", "1", "--vocabularies", "100"]
+    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|") for line in output.read_text().splitlines() if line.startswith("| 100 |")]
+    assert [row[2].strip() for row in rows] == ["reference", "native"]
+    assert all(0 < float(row[5].strip(" %")) < 60 for row in rows)
+    assert float(rows[1][6]) < 1e-6
+
+
 def kernel_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools/benchmark_kernels.py"), "--device", "cpu", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)

@@ -264,6 +264,20 @@ def test_chunks_of_the_vocabulary_change_nothing(elements: int, monkeypatch: pyt
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_loss_gradcheck(level: Any) -> None:
+    mask, cu = torch.rand(12, generator=generator()) < 0.7, torch.tensor([0, 5, 5, 12])
+    old = -torch.rand(12, generator=generator(1), dtype=torch.float64)
+    advantages = torch.tensor([0.7, 1.0, -1.2], dtype=torch.float64)
+
+    def total(logprobs: Tensor) -> Tensor:
+        loss, _ = sequence_policy_loss(logprobs, old, mask, cu, advantages, clip_low=0.2, clip_high=0.2, level=level)
+        return loss + sequence_mean(logprobs.square(), mask, cu)
+
+    moved = old + 0.3 * torch.randn(12, generator=generator(2), dtype=torch.float64)
+    assert torch.autograd.gradcheck(total, moved.requires_grad_())
+
+
 def test_linear_gradcheck() -> None:
     hidden, weight, targets, _ = head()
     assert torch.autograd.gradcheck(
