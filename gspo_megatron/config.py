@@ -318,9 +318,10 @@ class KernelsConfig:
     implementation: Literal["native", "reference"] = "native"
     """native: the compiled kernels; reference: their definition in plain torch, slower, for debugging."""
     skip_zero_gradients: bool = True
-    """Leave tokens without gradient out of the output layer's backward pass: the prompts' tokens, and clipped responses
-    where there is no KL and no entropy term. Leave out the backward pass of a whole micro-batch without gradient, but
-    not under pipeline or expert parallelism, overlapped reductions or routers' losses. A GPU waits each time."""
+    """Leave tokens without gradient out of the output layer's backward pass: of clipped responses, and of responses
+    without advantage, where there is no KL and no entropy term. Leave out the backward pass of a whole micro-batch
+    without gradient, but not under pipeline or expert parallelism, overlapped reductions or routers' losses. A GPU is
+    waited for each time."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ micro-batch, G rollouts of one prompt (the group), k experts per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -82,6 +82,11 @@ class MicroBatch:
     reference_logprobs: Tensor | None = None  # [T] float32, last pipeline stage only
     routes: Tensor | None = None  # [T, moe_layers, k] int16
     routes_valid: Tensor | None = None  # [T] bool
+    response_tokens: Tensor = field(init=False)  # [R] int64: where response_mask is true
+
+    def __post_init__(self) -> None:
+        # Here, before the batch moves to a device, which would have to be waited for.
+        self.response_tokens = self.response_mask.nonzero().squeeze(1)
 
     @property
     def num_tokens(self) -> int:

@@ -8,15 +8,16 @@ A Qwen3-MoE with random weights, packed sequences of ragged lengths, grouped exp
 old log-probabilities and its own optimizer step, each variant in a process of its own, on CUDA where it is there.
 Prints a table in Markdown. A variant that does not fit into the device's memory says so in its row.
 
-FLOPs of T tokens in sequences of lengths L, a multiplication and an addition counting as two:
+FLOPs of T tokens, R of them in responses, in sequences of lengths L, a multiplication and an addition counting as two:
 
-    N      parameters that a token is multiplied with: projections of the attention, router, its experts, head;
+    N      parameters that a token is multiplied with: projections of the attention, router, its experts;
            not the embedding, whose rows are only looked up
+    N_head those of the output layer, which response tokens alone are multiplied with
     A      4 · heads · head_dim · layers · Σ L(L+1)/2, attention's two products under the causal mask
-    F      2·N·T + A, a forward pass
+    F      2·N·T + 2·N_head·R + A, a forward pass
     model  3·F for an optimizer step, the backward pass costing twice the forward pass; F for log-probabilities
-    done   model + 2·N_head·T in a step, since the head makes its logits again in the backward pass,
-           + A with "selective", + 2·N_moe·T with "moe", + F - 2·N_head·T with "full" recomputation
+    done   model + 2·N_head·R in a step, since the head makes its logits again in the backward pass,
+           + A with "selective", + 2·N_moe·T with "moe", + F - 2·N_head·R with "full" recomputation
 
 MFU is model FLOPs a second over the device's peak, HFU the FLOPs done. What attention kernels compute again by
 themselves, norms, activations, softmax and Adam count nowhere. Peaks are dense bfloat16 from the vendor's data
@@ -163,12 +164,12 @@ class StepFlops:
     done: float
 
     @classmethod
-    def of(cls, fields: ModelFields, lengths: Sequence[int], *, recompute: str) -> StepFlops:
+    def of(cls, fields: ModelFields, lengths: Sequence[int], *, response_tokens: int, recompute: str) -> StepFlops:
         active, tokens = ActiveParameters.of(fields), sum(lengths)
         pairs = sum(length * (length + 1) // 2 for length in lengths)
         attention = 4.0 * fields.num_attention_heads * fields.head_dim * fields.num_layers * pairs
-        forward = 2.0 * active.total * tokens + attention
-        head = 2.0 * active.head * tokens
+        head = 2.0 * active.head * response_tokens
+        forward = 2.0 * (active.total - active.head) * tokens + head + attention
         again = {
             "none": 0.0,
             "selective": attention,
@@ -189,6 +190,7 @@ class RankResult:
 
     num_parameters: int
     lengths: list[int]
+    response_tokens: int
     num_micro_batches: int
     setup_s: float  # from the start of the process to a policy with weights
     train_s: list[float]  # of each optimizer step
@@ -306,6 +308,7 @@ def measure(config: c.TrainConfig, size: Size, steps: int) -> RankResult:
     return RankResult(
         num_parameters=sum(p.numel() for p in policy.weights.parameters),
         lengths=[s.token_ids.numel() for s in sequences],
+        response_tokens=sum(int(s.response_mask[1:].sum()) for s in sequences),
         num_micro_batches=len(batch.micro_batches),
         setup_s=setup_s,
         train_s=train_s[-steps:],
@@ -370,7 +373,7 @@ def row(name: str, result: RankResult | None, fields: ModelFields, peak_flops: f
     head = f"| {variant.recompute} | {'yes' if variant.offload else 'no'} |"
     if result is None:
         return head + " out of memory |" + " – |" * 8
-    flops = StepFlops.of(fields, result.lengths, recompute=variant.recompute)
+    flops = StepFlops.of(fields, result.lengths, response_tokens=result.response_tokens, recompute=variant.recompute)
     tokens = sum(result.lengths)
     train_s, logprobs_s = statistics.median(result.train_s), statistics.median(result.logprobs_s)
 

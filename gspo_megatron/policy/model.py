@@ -43,22 +43,24 @@ class LogprobHead(ColumnParallelLinear):
         hidden: Tensor,
         targets: Tensor,
         *,
+        wanted: Tensor,
         temperature: float,
         kernels: KernelsConfig,
         weight: Tensor,
         is_embedding: bool,
     ) -> Tensor:
         """hidden [T/tp, 1, H] (or [T, 1, H] without sequence parallelism), targets [1, T] -> [2, T] float32:
-        log-probabilities and entropies, the same on every tensor-parallel rank.
+        log-probabilities and entropies, the same on every tensor-parallel rank; 0 but at the tokens `wanted` [R].
 
         `is_embedding`: the weight is this model chunk's embedding too, and gets a gradient from there."""
         if self.sequence_parallel:
             # The gather's backward is a reduce-scatter: it sums the ranks' partial gradients.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        targets = targets.squeeze(0)
         logprobs, entropy = ops.linear_logprobs(
-            hidden.squeeze(1),
+            hidden.squeeze(1).index_select(0, wanted),
             weight,
-            targets.squeeze(0),
+            targets.index_select(0, wanted),
             temperature=temperature,
             vocab_start=self.tp_group.rank() * weight.shape[0],
             vocab_size=self.vocab_size,
@@ -69,7 +71,8 @@ class LogprobHead(ColumnParallelLinear):
             skip_zero_rows=kernels.skip_zero_gradients,
             implementation=kernels.implementation,
         )
-        output = torch.stack([logprobs, entropy])
+        results = torch.stack([logprobs, entropy])
+        output = results.new_zeros((2, targets.shape[0])).index_copy(1, wanted, results)
         if output.requires_grad and hasattr(weight, "main_grad") and not is_embedding:
             output.register_hook(partial(_announce_gradient, weight))
         return output
@@ -82,7 +85,8 @@ def _announce_gradient(weight: Tensor, _: Tensor) -> None:
 
 
 class PolicyModel(GPTModel):
-    """GPTModel whose last stage returns [2, T] log-probabilities and entropies of `labels`."""
+    """GPTModel whose last stage returns [2, T] log-probabilities and entropies of `labels`, at the tokens whose indices
+    are given as `loss_mask`: a prompt's tokens have no use for logits."""
 
     temperature: float = 1.0
     kernels = KernelsConfig()
@@ -94,14 +98,17 @@ class PolicyModel(GPTModel):
             self.output_layer.__class__ = LogprobHead
             self.output_layer.vocab_size = real_vocab_size
 
-    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None = None, **_: Any) -> Tensor:
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Tensor | None = None, loss_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
         if not self.post_process:
             return hidden_states
-        assert labels is not None
+        assert labels is not None and loss_mask is not None
         is_tied = self.share_embeddings_and_output_weights
         return self.output_layer(
             hidden_states,
             labels,
+            wanted=loss_mask,
             temperature=self.temperature,
             kernels=self.kernels,
             weight=self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight,

@@ -80,7 +80,8 @@ def _without_idle_backward(value: Tensor, output: Tensor, sequence_group: dist.P
 def forward_only(
     chunks: Sequence[DistributedDataParallel], micro_batches: Sequence[MicroBatch], groups: ProcessGroups
 ) -> list[Tensor]:
-    """[2, T] log-probabilities and entropies per micro-batch on the last pipeline stage, [] elsewhere.
+    """[2, T] log-probabilities and entropies per micro-batch on the last pipeline stage, [] elsewhere; 0 at tokens
+    outside the responses.
 
     Call under `torch.no_grad()`: the schedule itself would keep the graph.
     """
@@ -107,6 +108,7 @@ def _run(
             position_ids=micro.positions[None],
             attention_mask=None,
             labels=micro.targets[None],
+            loss_mask=micro.response_tokens,
             packed_seq_params=packed_sequences(
                 micro.cu_seqlens,
                 micro.max_seqlen,

@@ -81,7 +81,12 @@ def alone(
         captured.clear()
         packed = packed_sequences(micro.cu_seqlens, micro.max_seqlen, context_rank=0, context_size=1)
         chunk.module(
-            micro.token_ids[None], micro.positions[None], None, labels=micro.targets[None], packed_seq_params=packed
+            micro.token_ids[None],
+            micro.positions[None],
+            None,
+            labels=micro.targets[None],
+            loss_mask=micro.response_tokens,
+            packed_seq_params=packed,
         )
         bounds = micro.cu_seqlens.tolist()
         spans = [torch.arange(a, b) for a, b in itertools.pairwise(bounds)]

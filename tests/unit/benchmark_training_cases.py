@@ -43,9 +43,12 @@ def counted_products(recompute: str) -> dict[str, float]:
         trainer = Trainer(config, job)
     sequences = tool.rollout_batch(size)
     [batch], _ = trainer.learn(sequences)
-    flops = tool.StepFlops.of(trainer.policy.fields, [s.token_ids.numel() for s in sequences], recompute=recompute)
-    tokens = sum(s.token_ids.numel() for s in sequences)
-    attention = flops.logprobs - 2 * tool.ActiveParameters.of(trainer.policy.fields).total * tokens
+    lengths = [s.token_ids.numel() for s in sequences]
+    responses = sum(int(s.response_mask[1:].sum()) for s in sequences)
+    flops = tool.StepFlops.of(trainer.policy.fields, lengths, response_tokens=responses, recompute=recompute)
+    active = tool.ActiveParameters.of(trainer.policy.fields)
+    products = 2 * (active.total - active.head) * sum(lengths) + 2 * active.head * responses
+    attention = flops.logprobs - products
     passes = 4 if recompute in ("selective", "full") else 3  # of attention, in forward's FLOPs
     return {
         "logprobs": _counted(trainer, batch, train=False),

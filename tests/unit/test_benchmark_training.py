@@ -58,14 +58,14 @@ def test_parameters_that_a_token_is_multiplied_with(tool: Any) -> None:
 
 @pytest.mark.parametrize(("recompute", "again"), [("none", 0), ("selective", 2160), ("moe", 7680), ("full", 26880)])
 def test_flops_of_a_step(tool: Any, recompute: str, again: int) -> None:
-    flops = tool.StepFlops.of(FIELDS, [2, 3], recompute=recompute)
+    flops = tool.StepFlops.of(FIELDS, [2, 3], response_tokens=4, recompute=recompute)
     # Attention: 3 layers of 4 heads, 3 + 6 pairs of tokens, two products of 5 multiplications and additions each.
     attention = 3 * 4 * 9 * 2 * 10
-    forward = 2 * 3272 * 5 + attention
+    forward = 2 * (3272 - 800) * 5 + 2 * 800 * 4 + attention
     assert attention == 2160
-    assert flops.logprobs == forward == 34880
+    assert flops.logprobs == forward == 33280
     assert flops.model == 3 * forward
-    assert flops.done == 3 * forward + 2 * 800 * 5 + again
+    assert flops.done == 3 * forward + 2 * 800 * 4 + again
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,7 @@ def test_a_row_of_the_table(tool: Any) -> None:
     result = tool.RankResult(
         num_parameters=1,
         lengths=[2, 3],
+        response_tokens=4,
         num_micro_batches=1,
         setup_s=1.0,
         train_s=[9.0, 0.5, 0.25],
@@ -128,7 +129,7 @@ def test_a_row_of_the_table(tool: Any) -> None:
         grouped_experts=2,
     )
     row = tool.row("full+offload", result, FIELDS, 1e6)
-    cells = ["full", "yes", "0.500", "10", "40", "2.093e-07", "20.9%", "27.9%", "1.5", "1.0", "2.5e-07"]
+    cells = ["full", "yes", "0.500", "10", "40", "1.997e-07", "20.0%", "26.6%", "1.5", "1.0", "2.5e-07"]
     assert row == f"| {' | '.join(cells)} |"
     unknown = tool.row("none", result, FIELDS, None).split(" | ")
     assert unknown[6:8] == ["–", "–"]
