@@ -237,6 +237,23 @@ def test_small_batches_give_every_prompt_its_group(batch_size: int, folder: Call
         assert (definition(model, r, PARAMS.temperature) - r.rollout_logprobs).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("batch_size", [1, 9])
+def test_the_batch_size_changes_no_response(batch_size: int, folder: Callable[[str], Path]) -> None:
+    asked = prompts(5, 2, 9, 2, 7)
+    stops = replace(PARAMS, stop_token_ids=tuple(range(3, tiny_models.VOCAB, 10)))
+    one = ready_engine(folder("moe")).generate(asked, stops)
+    several = ready_engine(folder("moe"), batch_size=batch_size).generate(asked, stops)
+    for a, b in zip(rollouts(one), rollouts(several), strict=True):
+        assert torch.equal(a.token_ids, b.token_ids)
+        torch.testing.assert_close(a.rollout_logprobs, b.rollout_logprobs, rtol=0, atol=2e-6)
+
+
+def test_rollouts_can_be_trained_on(folder: Callable[[str], Path]) -> None:
+    """Tensors made in inference mode cannot."""
+    for rollout in rollouts(ready_engine(folder("dense")).generate(prompts(4), PARAMS)):
+        assert not any(x.is_inference() for x in vars(rollout).values() if isinstance(x, Tensor))
+
+
 # --- weights -----------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""The embedded engine: batched sampling with a KV cache over the transformers model, in this process.
+"""The embedded engine: batched sampling over the transformers model, in this process.
 
 For tiny models and machines without SGLang. It holds a full copy of the model.
 """
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from gspo_megatron.errors import UserError
+from gspo_megatron.rollout.embedded.decoding import decode
 from gspo_megatron.rollout.engine import SamplingParams
 from gspo_megatron.types import Group, NamedTensor, Prompt, Rollout
 
@@ -91,9 +92,12 @@ class EmbeddedEngine:
         gate, up = self._parameters[name][expert].chunk(2, dim=0)
         return name, gate if projection == "gate" else up
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Group]:
-        """Sample `num_samples` responses for each prompt."""
+        """Sample `num_samples` responses for each prompt.
+
+        Each response has random numbers of its own, for all its tokens. On the CPU they depend neither on
+        `batch_size` nor on where others end.
+        """
         assert self._elements_missing is None and self._version >= 0, "generate before the first complete update"
         self._check_context(prompts, params)
         generator = torch.Generator(self.device).manual_seed(params.seed)
@@ -104,7 +108,9 @@ class EmbeddedEngine:
         for start in range(0, len(order), per_batch):
             chosen = order[start : start + per_batch]
             batch = [prompts[i] for i in chosen]
-            tokens, logprobs = self._sample(batch, params, generator)
+            shape = (len(batch) * params.num_samples, params.max_response_tokens)
+            noise = torch.rand(shape, dtype=torch.float64, device=self.device, generator=generator)
+            tokens, logprobs = decode(self.model, [p.token_ids for p in batch], params, noise)
             by_index |= dict(zip(chosen, self._to_groups(batch, tokens, logprobs, params), strict=True))
         return [by_index[i] for i in range(len(prompts))]
 
@@ -118,47 +124,6 @@ class EmbeddedEngine:
                     f"{params.max_response_tokens} it needs {needed}, and the model's context is {context}; shorten "
                     "the prompt or lower rollout.max_response_tokens"
                 )
-
-    def _sample(
-        self, prompts: Sequence[Prompt], params: SamplingParams, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Token ids and log-probabilities [prompts × samples, response]; -1 behind a response's end."""
-        longest = max(len(p.token_ids) for p in prompts)
-        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # left padding: all rows end at the same column
-            ids[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
-            mask[row, longest - len(prompt.token_ids) :] = 1
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
-        logits = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-        ).logits[:, -1]
-        # The prompt is computed once and shared by its samples.
-        cache.batch_repeat_interleave(params.num_samples)
-        logits = logits.repeat_interleave(params.num_samples, 0)
-        mask = mask.repeat_interleave(params.num_samples, 0)
-        position = positions[:, -1:].repeat_interleave(params.num_samples, 0)
-        stop = torch.tensor(params.stop_token_ids, device=self.device)
-        ended = torch.zeros(logits.shape[0], dtype=torch.bool, device=self.device)
-        all_tokens, all_logprobs = [], []
-        for step in range(params.max_response_tokens):
-            logprobs = torch.log_softmax(logits.float() / params.temperature, dim=-1)
-            token = torch.multinomial(logprobs.exp(), 1, generator=generator)
-            chosen = logprobs.gather(1, token).squeeze(1)
-            token = token.squeeze(1)
-            all_tokens.append(torch.where(ended, -1, token))
-            all_logprobs.append(torch.where(ended, 0.0, chosen))
-            ended = ended | torch.isin(token, stop)
-            if step == params.max_response_tokens - 1 or bool(ended.all()):
-                break
-            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-            position = position + 1
-            logits = self.model(
-                input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache
-            ).logits[:, -1]
-        return torch.stack(all_tokens, 1).cpu(), torch.stack(all_logprobs, 1).cpu()
 
     def _to_groups(
         self, prompts: Sequence[Prompt], tokens: Tensor, logprobs: Tensor, params: SamplingParams

@@ -1,0 +1,3 @@
+"""The engine in this process, over the transformers model."""
+
+from gspo_megatron.rollout.embedded.engine import EmbeddedEngine as EmbeddedEngine
