@@ -320,8 +320,8 @@ class KernelsConfig:
     skip_zero_gradients: bool = True
     """Leave tokens without gradient out of the output layer's backward pass: of clipped responses, and of responses
     without advantage, where there is no KL and no entropy term. Leave out the backward pass of a whole micro-batch
-    without gradient, but not under pipeline or expert parallelism, overlapped reductions or routers' losses. A GPU is
-    waited for each time."""
+    without gradient, but not under pipeline parallelism, experts spread over more ranks than tensor × context,
+    overlapped reductions or routers' losses. A GPU is waited for each time."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Trainer:
         with Recorder(self.job, "train", total).open() as recorder:
             recorder.write(0, {"policy_version": 0}, evaluate(self.job))
             for batch in range(1, total + 1):
-                with self.profiled(batch):
+                with self.recorded(batch):
                     outcome = self.step(batch)
                 due = batch == total or (every > 0 and batch % every == 0)
                 recorder.batch(batch, outcome, evaluate(self.job) if due else None)
@@ -100,8 +100,8 @@ class Trainer:
         self.version += 1
         return sync_weights(self.policy, self.job, self.version)
 
-    def profiled(self, batch: int) -> AbstractContextManager[None]:
-        """Records the rollout batch, if it is the one to be recorded."""
+    def recorded(self, batch: int) -> AbstractContextManager[None]:
+        """Has torch's profiler record the rollout batch, if it is the one that is asked for."""
         is_on = batch == self.config.log.profile_batch
         return profiled(self.config.run.folder, f"batch_{batch}", self.job.groups.rank, is_on=is_on)
 

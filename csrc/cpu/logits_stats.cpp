@@ -71,8 +71,9 @@ void add_block(const BlockReader<Storage>& block, RowStatistics& row, RealOf<Sto
         sum += weight;
         sum_x += weight * x;
     });
-    row.rest += sum_of_lanes<Real>(sum);
-    row.sum_x_exp += sum_of_lanes<Real>(sum_x);
+    const double of_x = sum_of_lanes<Real>(sum_x);
+    row.rest += of_x == of_x ? sum_of_lanes<Real>(sum) : kNaN;  // the exponential may hide a NaN, its product with x not
+    row.sum_x_exp += of_x;
     for (int64_t i = 0; holds_max && i < kLanes<Real>; ++i) row.ones += static_cast<double>(ones[i]);
 }
 

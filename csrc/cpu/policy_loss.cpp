@@ -51,37 +51,24 @@ struct Tensors {
 template <typename Real>
 double whole_sequence(const PolicyLoss& args, const Clip& clip, int64_t s, double log_ratio, double divisor) {
     const Tensors<Real> x(args);
-    const bool* mask = args.pack.response_mask;
     const Range range = range_of(args.pack, s);
     const double advantage = x.advantages[s], ratio = std::exp(log_ratio);
     const bool is_clipped = clip.stops(log_ratio, advantage);
-    const int64_t num_tokens = count_of(args.pack, range);
-    const double weight = x.weights == nullptr ? static_cast<double>(num_tokens)
-                                               : sum_of_response<Real>(args.pack, range, x.weights, nullptr);
     const bool is_idle = advantage == 0;  // 0 · inf is NaN: without an advantage no ratio counts, however large
-    const Real slope = static_cast<Real>(is_idle || is_clipped ? 0.0 : -ratio * advantage / divisor);
-    if (x.weights == nullptr) {
-        fill_response(args.pack, range, slope, x.gradient);
-    } else {
-        for (int64_t t = range.begin; t < range.end; ++t) {
-            x.gradient[t] = mask[t] && x.weights[t] != 0 && slope != 0 ? slope * x.weights[t] : Real(0);
-        }
-    }
-    if (is_clipped) {
-        memcpy(args.clipped_tokens + range.begin, mask + range.begin, range.end - range.begin);
-    } else {
-        memset(args.clipped_tokens + range.begin, 0, range.end - range.begin);
-    }
+    const int64_t num_tokens = count_of(args.pack, range);
+    fill_response(args.pack, range, static_cast<Real>(is_idle || is_clipped ? 0.0 : -ratio * advantage / divisor),
+                  x.gradient);
+    fill_response(args.pack, range, is_clipped, args.clipped_tokens);
     args.num_clipped[s] = is_clipped ? num_tokens : 0;
-    return is_idle || weight == 0 ? 0.0 : -clip.bound(ratio, advantage) * advantage * weight / divisor;
+    return is_idle || num_tokens == 0 ? 0.0 : -clip.bound(ratio, advantage) * advantage * num_tokens / divisor;
 }
 
-// A ratio or an advantage of its own for each token: GRPO and GSPO-token.
+// A ratio, an advantage or a weight of its own for each token: GRPO, GSPO-token, and any of them weighted.
 template <typename Real>
 double each_token(const PolicyLoss& args, const Clip& clip, int64_t s, double sequence_log_ratio, double divisor) {
     constexpr int64_t chunk = 64;
     const Tensors<Real> x(args);
-    const bool* mask = args.pack.response_mask;
+    const uint8_t* mask = bytes_of(args.pack.response_mask);
     const Range range = range_of(args.pack, s);
     double loss = 0, log_ratios[chunk] = {}, ratios[chunk];
     int64_t num_clipped = 0;
@@ -97,7 +84,7 @@ double each_token(const PolicyLoss& args, const Clip& clip, int64_t s, double se
         for (int64_t i = 0; i < count; ++i) {
             const int64_t t = start + i;
             const double advantage = mask[t] ? x.advantages[args.advantage_per_token ? t : s] : Real(0);
-            const double scale = x.weights == nullptr || advantage == 0 ? advantage : advantage * x.weights[t];
+            const double scale = x.weights == nullptr || !mask[t] ? advantage : advantage * x.weights[t];
             const bool is_clipped = clip.stops(log_ratios[i], advantage), is_idle = scale == 0;
             const double slope = is_idle || is_clipped ? 0.0 : -ratios[i] * scale / divisor;
             loss -= is_idle ? 0.0 : clip.bound(ratios[i], advantage) * scale / divisor;
@@ -123,7 +110,7 @@ double one_sequence(const PolicyLoss& args, const Clip& clip, int64_t s) {
     const double log_ratio = *sum / length, divisor = length * args.num_global;
     x.log_ratio[s] = static_cast<Real>(log_ratio);
     args.num_response_tokens[s] = static_cast<int64_t>(*num_tokens);
-    const bool as_a_whole = !args.token_level && !args.advantage_per_token;
+    const bool as_a_whole = !args.token_level && !args.advantage_per_token && args.weights == nullptr;
     return as_a_whole ? whole_sequence<Real>(args, clip, s, log_ratio, divisor)
                       : each_token<Real>(args, clip, s, log_ratio, divisor);
 }

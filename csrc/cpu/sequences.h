@@ -26,25 +26,25 @@ static inline void zero_outside(const Pack& pack, T* values) {
     memset(values + end, 0, sizeof(T) * (pack.num_tokens - end));
 }
 
-// Masks are read as bytes of 0 and 1: the compiler makes no vector loop of bools.
+// Masks are read as bytes, of which any but 0 is true: the compiler makes no vector loop of bools.
 static inline const uint8_t* bytes_of(const bool* mask) { return reinterpret_cast<const uint8_t*>(mask); }
 
 static inline int64_t count_of(const Pack& pack, Range range) {
     const uint8_t* mask = bytes_of(pack.response_mask);
     int64_t count = 0;
-    for (int64_t t = range.begin; t < range.end; ++t) count += mask[t];
+    for (int64_t t = range.begin; t < range.end; ++t) count += mask[t] != 0;
     return count;
 }
 
-template <typename Real>
-static inline void fill_response(const Pack& pack, Range range, Real value, Real* __restrict out) {
+template <typename T>
+static inline void fill_response(const Pack& pack, Range range, T value, T* __restrict out) {
     const uint8_t* __restrict mask = bytes_of(pack.response_mask);
-    for (int64_t t = range.begin; t < range.end; ++t) out[t] = mask[t] ? value : Real(0);
+    for (int64_t t = range.begin; t < range.end; ++t) out[t] = mask[t] ? value : T(0);
 }
 
-// The value where the byte is 1, 0 where it is 0. By its bits: 0 · NaN is NaN.
+// The value, or 0 where the byte is 0. By its bits: 0 · NaN is NaN.
 static inline double select(uint8_t byte, double value) {
-    return bits_as<double>(bits_as<int64_t>(value) & -static_cast<int64_t>(byte));
+    return bits_as<double>(bits_as<int64_t>(value) & -static_cast<int64_t>(byte != 0));
 }
 
 // The sum of f(t) over the response tokens of a range, in float64, in an order that depends on nothing but the

@@ -200,7 +200,7 @@ struct Exponential<double> {
     }
 };
 
-// e^x within 1.5 units in the last place, for x of at least `lowest`; NaN for NaN.
+// e^x within 1.5 units in the last place, for x of at least `lowest`. Of a NaN it makes a NaN or any number.
 template <typename Real>
 static inline Vector<Real> exp_above_lowest(Vector<Real> x) {
     using E = Exponential<Real>;

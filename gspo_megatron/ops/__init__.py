@@ -32,6 +32,12 @@ Implementation = Literal["native", "reference"]
 _IMPLEMENTATIONS: Final = MappingProxyType[str, ModuleType]({"native": native, "reference": reference})
 
 
+def _implementation(name: str) -> ModuleType:
+    if name not in _IMPLEMENTATIONS:
+        raise ValueError(f'implementation="{name}" must be "native" or "reference"')
+    return _IMPLEMENTATIONS[name]
+
+
 def token_logprobs(
     logits: Tensor,  # [T, Vl]
     targets: Tensor,  # [T] int
@@ -67,7 +73,7 @@ def token_logprobs(
     checks.check_token_logprobs(
         logits, targets, temperature=temperature, vocab_start=vocab_start, vocab_size=vocab_size, group=group
     )
-    return _IMPLEMENTATIONS[implementation].token_logprobs(
+    return _implementation(implementation).token_logprobs(
         logits,
         targets,
         temperature=temperature,
@@ -119,7 +125,7 @@ def linear_logprobs(
         group=group,
         weight_grad=weight_grad,
     )
-    return _IMPLEMENTATIONS[implementation].linear_logprobs(
+    return _implementation(implementation).linear_logprobs(
         hidden,
         weight,
         targets,
@@ -192,7 +198,7 @@ def sequence_policy_loss(
         level=level,
         weights=weights,
     )
-    return _IMPLEMENTATIONS[implementation].sequence_policy_loss(
+    return _implementation(implementation).sequence_policy_loss(
         logprobs,
         old_logprobs,
         response_mask,
@@ -223,6 +229,6 @@ def sequence_mean(
     result [] is this rank's share there too, to be summed over context-parallel ranks and micro-batches.
     """
     checks.check_sequence_mean(values, response_mask, cu_seqlens, num_sequences=num_sequences)
-    return _IMPLEMENTATIONS[implementation].sequence_mean(
+    return _implementation(implementation).sequence_mean(
         values, response_mask, cu_seqlens, num_sequences=num_sequences, cp_group=cp_group
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -41,10 +43,15 @@ def _check_softmax(
     group: dist.ProcessGroup | None,
 ) -> None:
     _check_integers("targets", targets)
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive")
+    if not (0 < temperature < math.inf and 1 / temperature < math.inf):
+        raise ValueError(f"temperature={temperature} must be positive and finite, and so must be its inverse")
     if vocab_start < 0:
         raise ValueError(f"vocab_start={vocab_start} must be at least 0")
+    if group is not None and vocab_start != group.rank() * columns:
+        raise ValueError(
+            f"vocab_start={vocab_start} on rank {group.rank()} of the group, with {columns} columns; equal shards in "
+            f"rank order start at {group.rank() * columns} here"
+        )
     if columns < 1:
         raise ValueError("the vocabulary shard has no column")
     if vocab_size is not None and vocab_size < 1:
@@ -103,6 +110,9 @@ def check_linear_logprobs(
     if weight_grad is not None:
         _check_shape("weight_grad", weight_grad, tuple(weight.shape), "Vl, H")
         _check_device("weight_grad", weight_grad, hidden.device)
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if weight_grad.dtype not in (wide, weight.dtype):
+            raise ValueError(f"weight_grad has dtype {weight_grad.dtype}; it must be {wide} or weight's {weight.dtype}")
     _check_shape("targets", targets, (hidden.shape[0],), "T")
     _check_device("targets", targets, hidden.device)
     _check_softmax(
@@ -163,7 +173,7 @@ def check_sequence_policy_loss(
     _check_log_values("old_logprobs", old_logprobs)
     _check_shape("old_logprobs", old_logprobs, (tokens,), "T")
     _check_device("old_logprobs", old_logprobs, logprobs.device)
-    if tuple(advantages.shape) not in ((sequences,), (tokens,)):
+    if advantages.dim() != 1 or (advantages.shape[0] != sequences and advantages.shape[0] != tokens):
         raise ValueError(
             f"advantages has shape {tuple(advantages.shape)}; it must be [S] = ({sequences},) or [T] = ({tokens},)"
         )

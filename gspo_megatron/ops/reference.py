@@ -337,9 +337,10 @@ def linear_logprobs(
 
 
 def sequence_of_token(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """[T] int64: the sequence each packed token belongs to; S for tokens behind the last sequence."""
+    """[T] int64: the sequence each packed token belongs to; S for tokens before the first and behind the last."""
     tokens = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:], tokens, right=True)
+    found = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
+    return torch.where(tokens < cu_seqlens[0], cu_seqlens.numel() - 1, found)
 
 
 def _sums_per_sequence(values: Tensor, sequences: Tensor, num_sequences: int) -> Tensor:

@@ -67,10 +67,13 @@ class MegatronPolicy:
         self.chunks = wrap_ddp(chunks, config, optimizer)
         self.optimizer = build_optimizer(self.chunks, optimizer, memory, DTYPES[model.dtype])
         self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
-        # Elsewhere other ranks wait in collectives of the backward pass, or for its gradients.
+        # Elsewhere other ranks wait in collectives of the backward pass, or for its gradients: the ranks of a replica
+        # decide together, and experts may be spread over no more than these.
+        layout = groups.layout
         self.skip_zero_gradients = (
             kernels.skip_zero_gradients
-            and groups.layout.pipeline == groups.layout.expert == 1
+            and layout.pipeline == 1
+            and (layout.tensor * layout.context) % (layout.expert * layout.expert_tensor) == 0
             and not optimizer.overlap_grad_reduce
             and not self.router_losses.is_on
         )

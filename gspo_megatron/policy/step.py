@@ -35,14 +35,14 @@ def forward_backward(
     from rescaling it by micro-batches, data- or context-parallel ranks (`calculate_per_token_loss`).
     `num_global_sequences` is that N, for the routers' losses, whose gradients come on top.
     `skip_zero_gradients` leaves out the backward pass of a micro-batch whose tokens all have gradient 0. Only for
-    layouts whose backward pass communicates within the tensor- and context-parallel groups alone.
+    layouts whose backward pass communicates between the tensor- and context-parallel ranks of one replica alone.
     Returns the loss function's reports on the last pipeline stage, [] elsewhere.
     """
 
     def loss(output: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor, Any]:
         value, report = loss_function(output[0], output[1], micro)
         if skip_zero_gradients:
-            value = _without_idle_backward(value, output, groups.sequence_group)
+            value = _without_idle_backward(value, output, groups)
         return value, torch.zeros([], dtype=torch.int, device=value.device), report
 
     return _run(chunks, micro_batches, loss, groups, num_global_sequences=num_global_sequences, forward_only=False)
@@ -62,16 +62,14 @@ class _KnownGradient(torch.autograd.Function):
         return gradient * grad_value, None, None
 
 
-def _without_idle_backward(value: Tensor, output: Tensor, sequence_group: dist.ProcessGroup | None) -> Tensor:
-    """The loss, cut off from the model where its gradient by the model's output is 0 on every context-parallel rank.
-
-    Tensor-parallel ranks have the same output and loss, and so decide the same.
-    """
+def _without_idle_backward(value: Tensor, output: Tensor, groups: ProcessGroups) -> Tensor:
+    """The loss, cut off from the model where its gradient by the model's output is 0 on all tensor- and
+    context-parallel ranks of the replica."""
     (gradient,) = torch.autograd.grad(value, output)
-    is_needed = gradient.any()
-    if sequence_group is not None:
-        is_needed = is_needed.int()
-        dist.all_reduce(is_needed, dist.ReduceOp.MAX, group=sequence_group)
+    is_needed = gradient.any().int()
+    for group in (groups.cp, groups.tp):
+        if group.size() > 1:
+            dist.all_reduce(is_needed, dist.ReduceOp.MAX, group=group)
     if is_needed:
         return _KnownGradient.apply(output, value.detach(), gradient)
     return value.detach().requires_grad_().clone()  # Megatron may write over it: no leaf

@@ -125,12 +125,14 @@ def idle_micro_batches(layout: dict[str, int], folder: str, vocab: int, skip: bo
         norm = policy.chunks[-1].module.decoder.final_layernorm
         norm.register_full_backward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
     for k, micro in enumerate(batch.micro_batches):
-        # The first keeps its shortest response alone: under context parallelism not every rank holds some of it.
+        # One keeps its shortest response alone: under context parallelism not every rank holds some of it. Replicas
+        # differ in which one.
+        kept = groups.coordinates.data % len(batch.micro_batches)
         lengths = [int(micro.response_mask[a:b].sum()) for a, b in pairwise(micro.cu_seqlens.tolist())]
         micro.advantages.fill_(0.0)
-        if k == 0:
+        if k == kept:
             micro.advantages[min(range(len(lengths)), key=lambda i: lengths[i] or 10**9)] = 1.0
-        idle += k > 0
+        idle += k != kept
     policy.fill_old_logprobs([batch])
     gradients: dict[str, torch.Tensor] = {}
     step = policy.optimizer.step

@@ -219,7 +219,12 @@ def in_effect(layout: dict[str, int], settings: dict[str, dict[str, Any]]) -> di
     }
     sequential = settings.get("model", {}).get("experts") == "sequential"
     kernels = settings.get("kernels", {})
-    alone = layout.get("pipeline", 1) == layout.get("expert", 1) == 1 and not optimizer.get("overlap_grad_reduce")
+    degree = ParallelLayout(**layout)
+    alone = (
+        degree.pipeline == 1
+        and (degree.tensor * degree.context) % (degree.expert * degree.expert_tensor) == 0
+        and not optimizer.get("overlap_grad_reduce")
+    )
     return {
         "kernels": kernels.get("implementation", "native"),
         "skip_zero_gradients": kernels.get("skip_zero_gradients", True) and alone,

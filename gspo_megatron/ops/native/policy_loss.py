@@ -107,6 +107,17 @@ def _(
     )
 
 
+@torch.library.custom_op("gspo_megatron::scaled_gradient", mutates_args=())
+def _scaled_gradient(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    """Their product. An operator of its own, so that a second derivative raises: the gradient is taken for constant."""
+    return gradient * grad_loss
+
+
+@_scaled_gradient.register_fake
+def _(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
 def _save_policy_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[5])
     ctx.mark_non_differentiable(*output[1:])
@@ -116,7 +127,7 @@ def _backward_of_policy_loss(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tens
     # The forward pass knew the gradient up to a factor: backward has no collective, and a rank without response
     # tokens still takes part in it, with zeros.
     (gradient,) = ctx.saved_tensors
-    return gradient * grad_loss, *[None] * 11
+    return _scaled_gradient(gradient, grad_loss), *[None] * 11
 
 
 _sequence_policy_loss.register_autograd(_backward_of_policy_loss, setup_context=_save_policy_loss)

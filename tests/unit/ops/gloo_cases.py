@@ -143,6 +143,42 @@ def linear_logprobs_reduce_the_hidden_gradient(rank: int, group: Group) -> None:
         close(grad_weight, expected_weight[mine])
 
 
+def float32_shards_with_rows_left_out_and_a_gradient_buffer(rank: int, group: Group) -> None:
+    hidden = torch.randn(40, 16, generator=generator(1))
+    weight = torch.randn(64, 16, generator=generator(2))
+    targets = torch.randint(60, (40,), generator=generator(3))
+    upstream = torch.randn(40, generator=generator(4)) * (torch.arange(40) % 3 > 0)
+    whole = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    expected, _ = linear_logprobs(whole[0], whole[1], targets, vocab_size=60)
+    expected_hidden, expected_weight = torch.autograd.grad(expected, whole, upstream.double())
+    mine = shards(64, rank)
+    leaves = [hidden.clone().requires_grad_(), weight[mine].clone().requires_grad_()]
+    buffer = torch.ones(64 // WORLD, 16)
+    actual, _ = linear_logprobs(
+        leaves[0],
+        leaves[1],
+        targets,
+        vocab_start=mine.start,
+        vocab_size=60,
+        group=group,
+        weight_grad=buffer,
+        skip_zero_rows=True,
+    )
+    (grad_hidden,) = torch.autograd.grad(actual, leaves[:1], upstream)
+    close(actual.double(), expected, 2e-6)
+    close(grad_hidden.double(), expected_hidden, 2e-6)
+    close(buffer.double() - 1, expected_weight[mine], 2e-6)
+
+
+def shards_that_start_elsewhere_are_refused(rank: int, group: Group) -> None:
+    try:
+        token_logprobs(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long), vocab_start=4 * rank + 4, group=group)
+    except ValueError as error:
+        assert f"start at {4 * rank} here" in str(error)
+    else:
+        raise AssertionError("a shard that overlaps the next was taken")
+
+
 RESPONSES = ["........xxxxxxxx", "....xxxx", "..........xxxx..xxxxxxxx", "........", "......xxxxxx..xx"]
 LENGTHS = [len(text) for text in RESPONSES]
 LOG_S = [2e-4, 6e-4, -5e-4, 0.0, 0.5]
@@ -326,6 +362,8 @@ CASES: list[Callable[[int, Group], None]] = [
     targets_outside_the_vocabulary,
     ranks_agree_bitwise,
     linear_logprobs_reduce_the_hidden_gradient,
+    float32_shards_with_rows_left_out_and_a_gradient_buffer,
+    shards_that_start_elsewhere_are_refused,
     context_parallel_gspo,
     context_parallel_gspo_weighted,
     context_parallel_gspo_token,

@@ -101,10 +101,23 @@ def test_linear_errors_against_float64() -> None:
     gradients = torch.autograd.grad(actual, leaves, upstream)
     # The logits of a float32 product are off by about 1e-6; the kernels add nothing to it.
     product = exact((hidden @ weight.t()).detach(), targets)[0]
-    assert (actual[0].double() - product).abs().max() <= 5e-6
-    torch.testing.assert_close(actual[0].double(), expected[0], rtol=2.5e-7, atol=5e-6)
+    assert ((actual[0].double() - product).abs() <= 1e-6 + 2.5e-7 * product.abs()).all()
+    torch.testing.assert_close(actual[0].double(), expected[0], rtol=2.5e-7, atol=1e-6)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         assert float((gradient.double() - wanted).norm() / wanted.norm()) <= 1e-6
+
+
+def test_linear_gradients_of_a_bfloat16_model_are_rounded_once() -> None:
+    hidden = torch.randn(64, 96, generator=generator()).bfloat16()
+    weight = (torch.randn(3000, 96, generator=generator(1)) / 5).bfloat16()
+    targets = torch.randint(3000, (64,), generator=generator(2))
+    upstream = torch.randn(64, generator=generator(3))
+    wide = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    expected = torch.autograd.grad(exact(wide[0] @ wide[1].t(), targets)[0], wide, upstream.double())
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    gradients = torch.autograd.grad(linear_logprobs(leaves[0], leaves[1], targets)[0], leaves, upstream)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert gradient.dtype == torch.bfloat16 and row_error(gradient, wanted) <= 2**-8
 
 
 # -- Bitwise invariance -------------------------------------------------------------------------------------------
@@ -380,14 +393,66 @@ def test_logits_that_are_not_contiguous() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_bad_logit_shows(poison: float) -> None:
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -1, 0x7F800000], ids=hex)
+def test_a_bad_logit_shows(bits: int) -> None:
+    """NaN of several payloads, that of CUDA among them, and infinity."""
+    poison = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
     for place in (0, 500, 999):
         logits = torch.full((2, 1000), -math.inf)
         logits[0] = 0.0
         logits[:, place] = poison
         logprob, entropy = token_logprobs(logits, torch.tensor([1, 1]))
         assert logprob.isnan().all() and entropy.isnan().all()
+
+
+def one_response(log_ratio: float, advantage: float, weight: float, implementation: Any) -> tuple[Tensor, Tensor]:
+    old = torch.tensor([-100.0, -1.0])
+    new = (old + log_ratio).requires_grad_()
+    loss, _ = sequence_policy_loss(
+        new,
+        old,
+        torch.tensor([True, False]),
+        torch.tensor([0, 2]),
+        torch.tensor([advantage]),
+        weights=torch.tensor([weight, math.nan]),
+        implementation=implementation,
+        **CLIP,
+    )
+    return loss.detach(), torch.autograd.grad(loss, new)[0]
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "weight"), [(0.0, math.nan, 0.0), (95.0, -1.0, 1e-10), (0.1, 0.0, math.inf)]
+)
+def test_weights_meet_advantages_token_by_token(log_ratio: float, advantage: float, weight: float) -> None:
+    results = [one_response(log_ratio, advantage, weight, name) for name in ("native", "reference")]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0, equal_nan=True)
+    assert results[0][0].isnan() == math.isnan(advantage * weight)
+
+
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_tokens_outside_the_sequences_and_odd_bytes_in_the_mask(implementation: Any) -> None:
+    mask = torch.tensor([255, 2, 1, 0, 3], dtype=torch.uint8).view(torch.bool)
+    new = torch.full((5,), -1.0, requires_grad=True)
+    cu = torch.tensor([1, 4])
+    loss, stats = sequence_policy_loss(
+        new, new.detach(), mask, cu, torch.ones(1), implementation=implementation, **CLIP
+    )
+    mean = sequence_mean(new, mask, cu, implementation=implementation)
+    gradient, of_mean = (torch.autograd.grad(x, new)[0].tolist() for x in (loss, mean))
+    assert stats.num_response_tokens.tolist() == [2]
+    assert gradient == [0.0, -0.5, -0.5, 0.0, 0.0] and of_mean == [0.0, 0.5, 0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_a_second_derivative_is_refused(implementation: Any) -> None:
+    new = torch.full((3,), -1.0, requires_grad=True)
+    mask, cu = torch.ones(3, dtype=torch.bool), torch.tensor([0, 3])
+    loss, _ = sequence_policy_loss(new, new.detach(), mask, cu, torch.ones(1), implementation=implementation, **CLIP)
+    (gradient,) = torch.autograd.grad(loss**2, new, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.square().sum(), new)
 
 
 # -- Composability ------------------------------------------------------------------------------------------------
@@ -449,6 +514,23 @@ def test_compiles_without_a_graph_break() -> None:
 
     for a, b in zip(run(torch.compile(loss, fullgraph=True, backend="aot_eager")), run(loss), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_compiles_for_any_size(sequences: int) -> None:
+    def loss(logits: Tensor, targets: Tensor, mask: Tensor, cu: Tensor, advantages: Tensor) -> Tensor:
+        new, entropy = token_logprobs(logits, targets)
+        policy, _ = sequence_policy_loss(new, new.detach(), mask, cu, advantages, **CLIP)
+        return policy + sequence_mean(entropy, mask, cu)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (6, 9):
+        logits = torch.randn(tokens, 7, generator=generator()).requires_grad_()
+        arguments = (torch.zeros(tokens, dtype=torch.long), torch.ones(tokens, dtype=torch.bool))
+        cu = torch.linspace(0, tokens, sequences + 1).long()
+        values = [f(logits, *arguments, cu, torch.ones(sequences)) for f in (compiled, loss)]
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in values))
 
 
 # -- The extension ------------------------------------------------------------------------------------------------

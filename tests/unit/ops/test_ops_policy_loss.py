@@ -291,14 +291,17 @@ def test_nothing_leaks_from_under_the_mask(level: str, poison: float, per_token:
         dirty.advantages[~p.response_mask] = poison
     else:
         dirty.advantages[1] = poison  # the sequence without response tokens
-    cases: list[dict[str, Any]] = [{}, {"weights": torch.where(p.response_mask, weights, poison)}]
-    for arguments in cases:
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {}),
+        ({"weights": torch.where(p.response_mask, weights, poison)}, {"weights": weights}),
+    ]
+    for arguments, clean in cases:
         loss, stats = dirty.loss(level=level, **arguments)
-        expected, expected_stats = p.loss(level=level)
+        expected, expected_stats = p.loss(level=level, **clean)
         assert torch.equal(loss, expected)
         assert torch.equal(stats.log_ratio, expected_stats.log_ratio)
         gradient = dirty.gradient(level=level, **arguments)
-        assert torch.equal(gradient, p.gradient(level=level))
+        assert torch.equal(gradient, p.gradient(level=level, **clean))
         assert torch.equal(gradient[~p.response_mask], torch.zeros_like(gradient[~p.response_mask]))
 
 

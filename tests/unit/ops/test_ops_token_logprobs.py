@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gspo_megatron import ops
 from gspo_megatron.ops import linear_logprobs, reference, token_logprobs
 
 pytestmark = pytest.mark.usefixtures("each_implementation")
@@ -320,6 +321,11 @@ BAD_CALLS = {
     "logits has shape": lambda z, t: token_logprobs(z[None], t),
     "logits has dtype": lambda z, t: token_logprobs(z.long(), t),
     "temperature=0": lambda z, t: token_logprobs(z, t, temperature=0.0),
+    "temperature=inf": lambda z, t: token_logprobs(z, t, temperature=math.inf),
+    "temperature=1e-320": lambda z, t: token_logprobs(z, t, temperature=1e-320),
+    "weight_grad has dtype": lambda z, t: linear_logprobs(z, z, t, weight_grad=torch.zeros(3, 4)),
+    "weight_grad has shape": lambda z, t: linear_logprobs(z, z, t, weight_grad=torch.zeros(2, 4)),
+    'implementation="nativ"': lambda z, t: ops.token_logprobs(z, t, implementation="nativ"),
     "vocab_size=0": lambda z, t: token_logprobs(z, t, vocab_size=0),
     "vocab_start=-1": lambda z, t: token_logprobs(z, t, vocab_start=-1),
     "pass the group": lambda z, t: token_logprobs(z, t, vocab_start=8, vocab_size=8),
