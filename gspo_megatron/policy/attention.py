@@ -5,6 +5,8 @@ of c tokens; rank r holds chunks r and 2·CP-1-r, one behind the other (zigzag),
 share of the causal triangle. The chunks of a rank are *segments*: the queries of a segment stay where they
 are, its keys are those of the sequence from the start to the segment's own end, gathered over the ranks. A
 segment is therefore one row of causal attention, aligned at the bottom right, with more keys than queries.
+
+Queries and keys are rotated here, by the positions of the micro-batch's plan, not by Megatron's attention.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,21 +29,14 @@ from torch import Tensor
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.groups import Group
-from gspo_megatron.policy.router import RouterInputs
+
+if TYPE_CHECKING:
+    from gspo_megatron.policy.router import RouterInputs
 
 KINDS = ("torch", "transformer_engine")
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 FLASH_MAX_HEAD_DIM = 256
 FLASH_MIN_CAPABILITY = (8, 0)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Segments spread out to rows of equal length, for scaled_dot_product_attention."""
-
-    query: Tensor  # [T] int64, place of each query in [N × longest_query]
-    key: Tensor  # [K] int64, place of each key in [N × longest_key]
-    mask: Tensor | None  # [N, 1, longest_query, longest_key] bool, what may be seen; None: plainly causal
 
 
 @dataclass
@@ -58,20 +53,13 @@ class AttentionPlan:
     longest_query: int  # of a segment
     longest_key: int
     key_index: Tensor | None  # [K] int64, into the [CP·T] gathered keys; None without context parallelism
+    positions: Tensor  # [T] int64, of the local tokens, each in its sequence
 
     @cached_property
-    def rows(self) -> Rows:
-        """Made when first asked for: the variable-length kernel does without."""
-        query = _places(self.cu_seqlens_query, self.num_tokens, self.longest_query)
-        if self.key_index is None:
-            return Rows(query, query, None)
-        key = _places(self.cu_seqlens_key, self.key_index.numel(), self.longest_key)
-        # The last query of a segment sees its last key. Rows behind a segment's end see more, are never all
-        # masked, and nobody reads them.
-        ahead = self.cu_seqlens_key.diff() - self.cu_seqlens_query.diff()
-        last_seen = torch.arange(self.longest_query, device=query.device) + ahead[:, None]  # [N, longest_query]
-        mask = torch.arange(self.longest_key, device=query.device) <= last_seen[..., None]
-        return Rows(query, key, mask[:, None])
+    def segment_lengths(self) -> tuple[list[int], list[int]]:
+        """Queries and keys of each segment, on the host. Read from the device when first asked for: the variable-length
+        kernel does without."""
+        return self.cu_seqlens_query.diff().tolist(), self.cu_seqlens_key.diff().tolist()
 
 
 def plan_attention(
@@ -84,11 +72,15 @@ def plan_attention(
 ) -> AttentionPlan:
     """The plan of one rank. Pure; nothing is read back from the device, since all sizes follow from T."""
     if context_size == 1:
-        return AttentionPlan(num_tokens, cu_seqlens, cu_seqlens, longest, longest, None)
+        _, positions = _segment_of(cu_seqlens, num_tokens)
+        return AttentionPlan(num_tokens, cu_seqlens, cu_seqlens, longest, longest, None, positions)
     assert longest % 2 == 0 and num_tokens % 2 == 0, f"{longest=}, {num_tokens=}: a rank holds two chunks of each"
     chunk = cu_seqlens.diff() // 2  # [S], tokens in a chunk
     front, back = context_rank + 1, 2 * context_size - context_rank  # chunks that a segment looks at
+    cu_queries = _offsets(torch.stack([chunk, chunk], 1).flatten())
     cu_keys = _offsets(torch.stack([chunk * front, chunk * back], 1).flatten())
+    own, place = _segment_of(cu_queries, num_tokens)
+    positions = torch.where(own % 2 == 0, front - 1, back - 1) * chunk.long()[own // 2] + place
     segment, position = _segment_of(cu_keys, num_tokens // 2 * (front + back))
     sequence = segment // 2
     chunk_size = chunk.long()[sequence]
@@ -97,11 +89,12 @@ def plan_attention(
     rank = torch.where(second, 2 * context_size - 1 - at, at)
     return AttentionPlan(
         num_tokens=num_tokens,
-        cu_seqlens_query=_offsets(torch.stack([chunk, chunk], 1).flatten()),
+        cu_seqlens_query=cu_queries,
         cu_seqlens_key=cu_keys,
         longest_query=longest // 2,
         longest_key=longest // 2 * back,
         key_index=rank * num_tokens + cu_seqlens.long()[sequence] + second * chunk_size + within,
+        positions=positions,
     )
 
 
@@ -118,7 +111,9 @@ class PackedSequences(PackedSeqParams):
     context_rank: int
     context_size: int
     router_inputs: RouterInputs | None = None
+    rotary_angles: Tensor | None = None  # [≥ longest sequence, 1, 1, head_dim], of each position; None: no rotation
     _plan: AttentionPlan | None = None
+    _rotation: tuple[Tensor, Tensor] | None = None
 
     def plan(self, num_tokens: int) -> AttentionPlan:
         """The plan for the T local tokens; made by the first layer, kept for the others and for recomputation."""
@@ -132,6 +127,19 @@ class PackedSequences(PackedSeqParams):
             )
         assert self._plan.num_tokens == num_tokens, f"planned for {self._plan.num_tokens} tokens, given {num_tokens}"
         return self._plan
+
+    def rotation(self, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the T local tokens' angles, [T, 1, head_dim] each, the first half of the sine negated.
+
+        Made by the first layer, kept for the others.
+        """
+        if self._rotation is None:
+            assert self.rotary_angles is not None
+            own = self.rotary_angles.flatten(1)[self.plan(num_tokens).positions][:, None]
+            sign = torch.ones_like(own)
+            sign[..., : own.shape[-1] // 2] = -1
+            self._rotation = own.cos().to(dtype), (own.sin() * sign).to(dtype)
+        return self._rotation
 
 
 def packed_sequences(
@@ -172,9 +180,26 @@ def _segment_of(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     return segment, token - cu_seqlens.long()[segment]
 
 
-def _places(cu_seqlens: Tensor, num_tokens: int, longest: int) -> Tensor:
-    segment, position = _segment_of(cu_seqlens, num_tokens)
-    return segment * longest + position
+class Rotate(torch.autograd.Function):
+    """Rotary embedding of queries or keys, in the roundings of Megatron's own.
+
+    x [T, heads, head_dim], cos and sin [T, 1, head_dim], as `PackedSequences.rotation` gives them -> like x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return (x * cos).add_(_swap_halves(x).mul_(sin))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        [gradient], (cos, sin) = gradients, ctx.saved_tensors
+        return (gradient * cos).sub_(_swap_halves(gradient).mul_(sin)), None, None
+
+
+def _swap_halves(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([second, first], -1)
 
 
 class GatherKeys(torch.autograd.Function):
@@ -262,23 +287,24 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, *, sc
             window_size=(-1, 0),  # causal; flash attention aligns it at the bottom right
             enable_gqa=grouped,
         )
-    rows = plan.rows
-    num_segments = plan.cu_seqlens_query.numel() - 1
+    # One segment at a time: padded to the longest, a pack of many lengths is mostly padding.
+    lengths_q, lengths_k = plan.segment_lengths
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, heads, T or K, head_dim]
+    out = []
+    for q, k, v in zip(query.split(lengths_q, 2), key.split(lengths_k, 2), value.split(lengths_k, 2), strict=True):
+        mask = _causal_mask(q.shape[2], k.shape[2], q.device)
+        result = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+        out.append(result.transpose(1, 2))
+    return torch.cat(out, 1).squeeze(0)
 
-    def spread(x: Tensor, place: Tensor, longest: int) -> Tensor:  # [N, heads, longest, head_dim]
-        spread = x.new_zeros((num_segments * longest, *x.shape[1:])).index_copy(0, place, x)
-        return spread.view(num_segments, longest, *x.shape[1:]).transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(
-        spread(query, rows.query, plan.longest_query),
-        spread(key, rows.key, plan.longest_key),
-        spread(value, rows.key, plan.longest_key),
-        attn_mask=rows.mask,
-        is_causal=rows.mask is None,
-        scale=scale,
-        enable_gqa=grouped,
-    )
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, rows.query)
+def _causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
+    """[num_queries, num_keys] bool: the last query sees the last key. None where torch's own causal mask is that."""
+    if num_queries == num_keys:
+        return None
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
 
 
 class PackedAttention(MegatronModule):
@@ -302,6 +328,7 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         assert dropout == 0 and config.window_size is None and not config.apply_query_key_layer_scaling
+        assert not config.rotary_interleaved and not config.no_rope_freq, "every layer rotates halves"
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
         self.cp_group: Group = pg_collection.cp
@@ -319,7 +346,11 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:  # [T, heads × head_dim]
         assert attention_mask is None and attention_bias is None
         assert isinstance(packed_seq_params, PackedSequences), "packed_seq_params come from packed_sequences()"
-        plan = packed_seq_params.plan(query.shape[0])
+        num_tokens = query.shape[0]
+        plan = packed_seq_params.plan(num_tokens)
+        if packed_seq_params.rotary_angles is not None:
+            cos, sin = packed_seq_params.rotation(num_tokens, query.dtype)
+            query, key = Rotate.apply(query, cos, sin), Rotate.apply(key, cos, sin)
         if plan.key_index is not None:
             assert packed_seq_params.context_size == self.cp_group.size()
             key, value = GatherKeys.apply(key, value, plan.key_index, self.cp_group)

@@ -149,10 +149,12 @@ def te_general_gemm() -> None:
 
 
 def token_permutation() -> None:
-    """token_dispatcher.permute and unpermute add in an order, and in a dtype, that log s can't bear: permutation.py."""
+    """token_dispatcher.permute and unpermute add in an order, and in a dtype, that log s can't bear, and
+    sort_chunks_by_idxs copies what is in order: permutation.py."""
     from megatron.core.transformer.moe import token_dispatcher
 
     token_dispatcher.permute, token_dispatcher.unpermute = permutation.permute, permutation.unpermute
+    token_dispatcher.sort_chunks_by_idxs = permutation.sort_chunks
 
 
 def te_version() -> None:
@@ -245,6 +247,7 @@ PATCHES = (
         (
             "megatron.core.transformer.moe.token_dispatcher:permute",
             "megatron.core.transformer.moe.token_dispatcher:unpermute",
+            "megatron.core.transformer.moe.token_dispatcher:sort_chunks_by_idxs",
         ),
         True,
     ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 from torch import Tensor
 
 
@@ -46,9 +47,9 @@ def _sum_rows(rows: Tensor, token_of_row: Tensor, num_tokens: int) -> Tensor:
     """[T·k, H] -> [T, H]: each token's k rows in the order they stand, accumulated in float32 or better."""
     if rows.shape[0] == 0:
         return rows.new_zeros((num_tokens, rows.shape[1]))
-    rows_of_token = token_of_row.argsort(stable=True).view(num_tokens, -1)  # fails unless k divides out
+    by_token = rows.index_select(0, token_of_row.argsort(stable=True))
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    return rows[rows_of_token].sum(1, dtype=dtype).to(rows.dtype)
+    return by_token.view(num_tokens, -1, rows.shape[1]).sum(1, dtype=dtype).to(rows.dtype)  # fails unless k divides out
 
 
 def permute(
@@ -86,3 +87,18 @@ def unpermute(
     """
     assert probs is None and not fused and not drop_and_pad
     return _Unpermute.apply(permuted_tokens, sorted_indices, restore_shape[0])
+
+
+def sort_chunks(
+    rows: Tensor,  # [N, H]
+    split_sizes: Tensor,  # [C] rows of each chunk
+    sorted_idxs: Tensor,  # [C] on the host, a permutation
+    probs: Tensor | None = None,  # [N]
+    fused: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """In place of megatron.core.transformer.moe.moe_utils.sort_chunks_by_idxs: copies nothing where the chunks are in
+    order, as they are without expert parallelism."""
+    if torch.equal(sorted_idxs, torch.arange(sorted_idxs.numel())):
+        return rows, probs
+    result: tuple[Tensor, Tensor | None] = sort_chunks_by_idxs(rows, split_sizes, sorted_idxs, probs, fused)
+    return result

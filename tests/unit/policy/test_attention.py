@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core import tensor_parallel
 from megatron.core.extensions import transformer_engine
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -22,6 +24,7 @@ from gspo_megatron.policy import attention
 from gspo_megatron.policy.attention import (
     AttentionPlan,
     PackedAttention,
+    Rotate,
     attend,
     core_attention,
     packed_sequences,
@@ -41,6 +44,11 @@ def plans(lengths: list[int], size: int) -> list[AttentionPlan]:
         plan_attention(offsets(local), max(local), sum(local), context_rank=rank, context_size=size)
         for rank in range(size)
     ]
+
+
+def cp_group(rank: int, size: int) -> Any:
+    """What Megatron's rotation asks of the context-parallel group."""
+    return SimpleNamespace(rank=lambda: rank, size=lambda: size)
 
 
 def by_rank(qkv: list[Tensor], lengths: list[int], size: int) -> list[Tensor]:
@@ -84,6 +92,54 @@ def test_the_ranks_of_a_context_parallel_group(chunks: list[int], size: int, hea
     assert_close(by_rank(qkv, lengths, size), dense_gradients(qkv, lengths, SCALE))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+    lengths = [70, 3, 200, 1]
+    *inputs, _ = (x.to(dtype) for x in random_qkv(lengths, 4, 2, 8))
+    [pack] = plans(lengths, 1)
+    together = attend(*inputs, pack, scale=SCALE).split(lengths)
+    for length, out, *own in zip(lengths, together, *(x.split(lengths) for x in inputs), strict=True):
+        [alone] = plans([length], 1)
+        assert torch.equal(out, attend(*own, alone, scale=SCALE))
+
+
+# --- rotary embedding --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("lengths", "size"), [([5, 1, 9, 2], 1), ([8, 4, 20], 2), ([8, 24, 16], 4)])
+def test_rotation_is_megatrons_to_the_bit(lengths: list[int], size: int, dtype: torch.dtype) -> None:
+    local = [length // size for length in lengths]
+    rotary = RotaryEmbedding(8, 1.0, rotary_base=100, use_cpu_initialization=True, cp_group=cp_group(0, 1))
+    angles = rotary.get_freqs_non_repeated(64).repeat(1, 2)[:, None, None]
+    for rank in range(size):
+        packed = packed_sequences(offsets(local), max(local), context_rank=rank, context_size=size)
+        packed.rotary_angles = angles
+        ours, theirs = (
+            torch.randn(sum(local), 4, 8, generator=torch.Generator().manual_seed(rank), dtype=dtype).requires_grad_()
+            for _ in range(2)
+        )
+        rotated = Rotate.apply(ours, *packed.rotation(sum(local), dtype))
+        truth = apply_rotary_pos_emb(
+            theirs, angles, module().config, packed.cu_seqlens_q, cp_group=cp_group(rank, size)
+        )
+        assert torch.equal(rotated, truth) and not torch.equal(rotated, ours)
+        upstream = torch.randn(truth.shape, generator=torch.Generator().manual_seed(9), dtype=dtype)
+        rotated.backward(upstream), truth.backward(upstream)
+        assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad)
+
+
+def test_the_module_rotates_queries_and_keys() -> None:
+    lengths = [5, 1, 8]
+    query, key, value, _ = (x.float() for x in random_qkv(lengths, 4, 2, 4))
+    packed, plain = (packed_sequences(offsets(lengths), 8, context_rank=0, context_size=1) for _ in range(2))
+    packed.rotary_angles = torch.rand(8, 1, 1, 2, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 1, 2)
+    turned = [Rotate.apply(x, *packed.rotation(14, x.dtype)) for x in (query, key)]
+    ours = module()(query, key, value, None, packed_seq_params=packed)
+    assert torch.equal(ours, module()(*turned, value, None, packed_seq_params=plain))
+    assert not torch.equal(ours, module()(query, key, value, None, packed_seq_params=plain))
+
+
 # --- the plan ----------------------------------------------------------------------------------------------------
 
 
@@ -99,6 +155,9 @@ def test_the_plan_of_a_small_pack() -> None:
     long = [2, 3, 8, 9, 10, 11, 4, 5]  # where the long sequence's tokens lie in the 6 + 6 gathered ones
     assert first.key_index.tolist() == [0] + [0, 6, 7, 1] + long[:2] + long
     assert second.key_index.tolist() == [0, 6] + [0, 6, 7] + long[:4] + long[:6]
+    assert first.positions.tolist() == [0, 3, 0, 1, 6, 7]
+    assert second.positions.tolist() == [1, 2, 2, 3, 4, 5]
+    assert second.segment_lengths == ([1, 1, 2, 2], [2, 3, 4, 6])
 
 
 def test_ranks_have_the_same_work() -> None:
@@ -115,12 +174,13 @@ def test_planning_reads_nothing_back_from_the_device(size: int) -> None:
     """A meta tensor has no value to read."""
     cu_seqlens = torch.zeros(4, dtype=torch.int32, device="meta")
     plan = plan_attention(cu_seqlens, 8, 20, context_rank=size - 1, context_size=size)
-    assert plan.rows.query.shape == (20,)
+    assert plan.positions.shape == (20,)
     assert plan.cu_seqlens_query.dtype == plan.cu_seqlens_key.dtype == torch.int32
     if size == 2:
         assert plan.key_index is not None and plan.key_index.shape == (50,)
-        assert plan.rows.mask is not None and plan.rows.mask.shape == (6, 1, 4, 12)
-    packed_sequences(cu_seqlens, 8, context_rank=0, context_size=size)
+    packed = packed_sequences(cu_seqlens, 8, context_rank=0, context_size=size)
+    packed.rotary_angles = torch.zeros(8 * size, 1, 1, 4, device="meta")
+    assert [x.shape for x in packed.rotation(20, torch.float32)] == [(20, 1, 4)] * 2
 
 
 def test_what_megatron_reads() -> None:
@@ -136,7 +196,9 @@ def test_what_megatron_reads() -> None:
 def test_a_micro_batch_is_planned_once() -> None:
     packed = packed_sequences(offsets([4, 6]), 6, context_rank=1, context_size=2)
     plan = packed.plan(10)
-    assert packed.plan(10) is plan and plan.rows is plan.rows
+    packed.rotary_angles = torch.rand(12, 1, 1, 4)
+    assert packed.plan(10) is plan and plan.segment_lengths is plan.segment_lengths
+    assert packed.rotation(10, torch.float32) is packed.rotation(10, torch.float32)
     with pytest.raises(AssertionError, match="planned for 10 tokens, given 12"):
         packed.plan(12)
 
@@ -182,7 +244,12 @@ def test_recomputing_the_core_changes_nothing_and_keeps_the_plan() -> None:
 
 def test_the_default_scale_is_of_the_head() -> None:
     config = SimpleNamespace(
-        attention_dropout=0.0, window_size=None, apply_query_key_layer_scaling=False, kv_channels=16
+        attention_dropout=0.0,
+        window_size=None,
+        apply_query_key_layer_scaling=False,
+        rotary_interleaved=False,
+        no_rope_freq=None,
+        kv_channels=16,
     )
     core = PackedAttention(config, 1, AttnMaskType.causal, "self", pg_collection=SimpleNamespace(cp=None))
     assert core.scale == 0.25
@@ -193,6 +260,8 @@ def test_settings_it_does_not_compute_are_refused() -> None:
         module(attention_dropout=0.1)
     with pytest.raises(AssertionError):
         module(window_size=(4, 0))
+    with pytest.raises(AssertionError):
+        module(rotary_interleaved=True)
 
 
 def test_kinds_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:

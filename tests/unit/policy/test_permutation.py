@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
-from gspo_megatron.policy.permutation import permute, unpermute
+from gspo_megatron.policy.permutation import permute, sort_chunks, unpermute
 
 TOKENS, HIDDEN, EXPERTS = 37, 8, 16
 
@@ -61,3 +61,26 @@ def test_no_tokens() -> None:
     out.sum().backward()
     assert rows.shape == out.shape == (0, HIDDEN)
     assert tokens.grad is not None and tokens.grad.shape == (0, HIDDEN)
+
+
+def test_chunks_are_sorted_as_megatron_sorts_them() -> None:
+    rows, probs, sizes = torch.randn(6, HIDDEN), torch.rand(6), torch.tensor([1, 3, 0, 2])
+    order = torch.tensor([2, 0, 3, 1])
+    ours, theirs = (sort(rows, sizes, order, probs=probs) for sort in (sort_chunks, moe_utils.sort_chunks_by_idxs))
+    assert not torch.equal(ours[0], rows)
+    for x, y in zip(ours, theirs, strict=True):
+        assert x is not None and torch.equal(x, y)
+
+
+def test_chunks_in_order_are_not_copied() -> None:
+    rows, probs, sizes = torch.randn(6, HIDDEN), torch.rand(6), torch.tensor([1, 3, 0, 2])
+    assert sort_chunks(rows, sizes, torch.arange(4), probs=probs) == (rows, probs)
+    assert sort_chunks(rows, sizes, torch.arange(4)) == (rows, None)
+
+
+def test_sums_are_shaped_on_any_device() -> None:
+    """A meta tensor runs no kernel and has no value to read."""
+    out = unpermute(
+        torch.empty(8, HIDDEN, device="meta"), torch.zeros(8, dtype=torch.int64, device="meta"), (4, HIDDEN)
+    )
+    assert out.shape == (4, HIDDEN) and out.dtype == torch.float32
