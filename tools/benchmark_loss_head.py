@@ -49,6 +49,7 @@ KERNELS = {
     "native": KernelsConfig(),
 }
 PROMPT_TOKENS, RESPONSE_TOKENS = 8, 8
+PROFILED = 3  # batches
 HEAD = "loss head"
 # What autograd calls the backward passes of the operations.
 BACKWARD = ("_LinearLogprobsBackward", "_SequencePolicyLossBackward", "GeneratedBackwardFor_gspo_megatron")
@@ -59,7 +60,8 @@ class Result:
     """Of one implementation and vocabulary."""
 
     seconds: list[float] = field(default_factory=list)
-    head_share: float = 0.0
+    head_s: list[float] = field(default_factory=list)  # of the profiled batches
+    head_shares: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
 
@@ -124,15 +126,15 @@ def named_operations() -> Iterator[None]:
             setattr(place, name, original)
 
 
-def head_share(trainer: Trainer, sequences: list[Sequence]) -> float:
-    """The loss head's share of the time of one rollout batch."""
+def head_time(trainer: Trainer, sequences: list[Sequence]) -> tuple[float, float]:
+    """Seconds of the loss head in one rollout batch, and its share of the batch's time."""
     cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with named_operations(), profile(activities=activities) as recording, record_function("everything"):
         learn(trainer, sequences)
     times = {e.key: e.device_time_total if cuda else e.cpu_time_total for e in recording.key_averages()}
     backward = sum(t for key, t in times.items() if key.startswith(BACKWARD))
-    return (times[HEAD] + backward) / times["everything"]
+    return (times[HEAD] + backward) / 1e6, (times[HEAD] + backward) / times["everything"]
 
 
 def measure(vocabulary: int, batches: int, groups: ProcessGroups) -> dict[str, Result]:
@@ -141,12 +143,14 @@ def measure(vocabulary: int, batches: int, groups: ProcessGroups) -> dict[str, R
         trainers = {name: make_trainer(vocabulary, k, groups, Path(folder)) for name, k in KERNELS.items()}
     results = {name: Result() for name in KERNELS}
     config = next(iter(trainers.values())).config
-    for number in range(batches + 2):
+    for number in range(1 + batches + PROFILED):
         sequences = rollout_batch(config, vocabulary, number)
         for name, trainer in trainers.items():
             start = time.perf_counter()
-            if number == batches + 1:
-                results[name].head_share = head_share(trainer, sequences)
+            if number > batches:
+                head_s, share = head_time(trainer, sequences)
+                results[name].head_s.append(head_s)
+                results[name].head_shares.append(share)
                 continue
             results[name].losses.append(learn(trainer, sequences))
             if number > 0:  # the first warms up
@@ -162,9 +166,9 @@ def report(results: dict[int, dict[str, Result]], batches: int) -> str:
         f"optimizer steps a rollout batch; medians of {batches} batches, the implementations taking turns. reference: "
         "the definition in plain torch, every token's backward pass.",
         "",
-        "| vocabulary | kernels | old log-probs and training, s a batch | of reference's | share of the loss head | "
-        "largest difference of the loss |",
-        "|---|---|---|---|---|---|",
+        "| vocabulary | kernels | old log-probs and training, s a batch | of reference's | loss head, ms a batch | "
+        "its share | largest difference of the loss |",
+        "|---|---|---|---|---|---|---|",
     ]
     for vocabulary, by_name in results.items():
         base_seconds = statistics.median(by_name["reference"].seconds)
@@ -172,10 +176,9 @@ def report(results: dict[int, dict[str, Result]], batches: int) -> str:
             seconds = statistics.median(result.seconds)
             pairs = zip(result.losses, by_name["reference"].losses, strict=True)
             difference = "–" if name == "reference" else f"{max(abs(a - b) for a, b in pairs):.1e}"
-            lines.append(
-                f"| {vocabulary:,} | {name} | {seconds:.3f} | {seconds / base_seconds:.2f} | {result.head_share:.0%} | "
-                f"{difference} |"
-            )
+            head_ms, share = 1e3 * statistics.median(result.head_s), statistics.median(result.head_shares)
+            cells = [f"{vocabulary:,}", name, f"{seconds:.3f}", f"{seconds / base_seconds:.2f}"]
+            lines.append(f"| {' | '.join([*cells, f'{head_ms:.1f}', f'{share:.1%}', difference])} |")
     return "\n".join(lines) + "\n"
 
 

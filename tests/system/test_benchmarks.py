@@ -47,8 +47,8 @@ def test_the_loss_head_is_measured(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = [line.split("|") for line in output.read_text().splitlines() if line.startswith("| 100 |")]
     assert [row[2].strip() for row in rows] == ["reference", "native"]
-    assert all(0 < float(row[5].strip(" %")) < 60 for row in rows)
-    assert float(rows[1][6]) < 1e-6
+    assert all(float(row[5]) > 0 and 0 < float(row[6].strip(" %")) < 60 for row in rows)
+    assert float(rows[1][7]) < 1e-6
 
 
 def kernel_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
