@@ -196,8 +196,8 @@ class AlgorithmConfig:
 class GenerationConfig:
     """Generation of responses."""
 
-    engine: Literal["embedded"] = "embedded"
-    """"embedded": in process, on each data-parallel replica's first rank."""
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """"embedded": in process, on each data-parallel replica's first rank. "sglang": servers, see [sglang]."""
     max_response_tokens: int = 1024
     """Longest response, in tokens."""
     batch_size: int = 256
@@ -229,6 +229,88 @@ class RolloutConfig(GenerationConfig):
             f"rollout.samples_per_prompt={self.samples_per_prompt}: a group of one has no advantage; "
             "use at least 2, e.g. 8",
         )
+
+
+@dataclass(frozen=True)
+class SGLangConfig:
+    """SGLang servers, read where rollout.engine = "sglang": those that are started here, or others by address."""
+
+    addresses: str = ""
+    """Servers that run already, as "http://host:port", separated by commas. Empty: start `servers` on this machine."""
+    servers: int = 1
+    """Servers to start on this machine, where `addresses` is empty."""
+    tensor: int = 1
+    """Tensor parallel degree of each server that is started."""
+    expert: int = 1
+    """Expert parallel degree of each server that is started; divides `tensor`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the servers' weights; auto: model.dtype. Weights are converted on the way."""
+    host: str = "127.0.0.1"
+    """Address a started server listens on. Other than 127.0.0.1 it asks for a key; see `api_key_file`."""
+    port: int = 0
+    """First port of the started servers, further ones take the next ports; 0: free ports."""
+    api_key_file: str = ""
+    """File with the servers' API key in its first line. Empty: the environment variable GSPO_SGLANG_API_KEY, else a
+    new random key for servers that listen on other than 127.0.0.1, and none for those that do."""
+    python: str = ".venv-sglang/bin/python"
+    """Python in whose environment SGLang is installed (make setup-sglang)."""
+    arguments: str = ""
+    """Further arguments of sglang.launch_server, as on a command line."""
+    router: str = ""
+    """Address of an sglang-router in front of the servers; it gets the generation requests, the servers themselves all
+    others. Empty: each request goes to the server with the fewest open ones."""
+    max_concurrent: int = 256
+    """Responses a server is asked for at one time, over all data-parallel ranks."""
+    start_timeout_s: float = 600.0
+    """Longest time a server may take to start and load the model, in seconds."""
+    request_timeout_s: float = 1800.0
+    """Longest time for one generation request, after which it is sent to another server, in seconds."""
+    update_timeout_s: float = 300.0
+    """Longest time for one call of a weight update, in seconds."""
+    retries: int = 2
+    """How often a failed weight update is tried again, and how often a server that died is started again in a row."""
+    transport: Literal["distributed", "tensor", "disk"] = "distributed"
+    """How weights reach the servers. "distributed": broadcast in a process group with them; "tensor": shared memory or
+    CUDA IPC, on one machine; "disk": safetensors in a folder that the servers can read."""
+    master_address: str = ""
+    """distributed: address at which servers reach the training ranks. Empty: found out by each sending rank."""
+    update_folder: str = ""
+    """disk: folder for the weights, e.g. in /dev/shm or on a shared file system. Empty: in the run folder."""
+    bucket_mb: int = 512
+    """Weights sent together, in MiB; a rank needs at most twice that in addition. A larger tensor is sent alone."""
+    check: Literal["sampled", "full", "off"] = "sampled"
+    """After an update, compare checksums of the servers' parameters with the trainer's: of some layers, all or none."""
+    probe_prompts: int = 4
+    """Held-out prompts whose responses are sampled from every server after an update, to compare log-probabilities with
+    the trainer's (sync_probe_max_abs); 0: none."""
+    routed_experts: bool = False
+    """Have the servers return the experts of each token. They must be started with --enable-return-routed-experts, as
+    those started here are."""
+    colocate: bool = False
+    """The servers run on the trainer's GPUs: release their memory while the policy trains."""
+
+    def __post_init__(self) -> None:
+        _require_positive("sglang", self, "servers", "tensor", "expert", "max_concurrent", "bucket_mb")
+        _require_positive("sglang", self, "start_timeout_s", "request_timeout_s", "update_timeout_s")
+        for name in ("retries", "probe_prompts"):
+            _require(getattr(self, name) >= 0, f"sglang.{name}={getattr(self, name)} must be at least 0")
+        _require(
+            0 <= self.port < 2**16, f"sglang.port={self.port} must lie between 1 and 65535, or be 0 for a free one"
+        )
+        _require(
+            self.tensor % self.expert == 0,
+            f"sglang.expert={self.expert} must divide sglang.tensor={self.tensor}, over whose ranks experts are spread",
+        )
+        for address in [*self.server_addresses, *filter(None, [self.router])]:
+            _require(
+                address.startswith(("http://", "https://")),
+                f"sglang: the address {address!r} must start with http:// or https://, e.g. http://node7:30000",
+            )
+
+    @property
+    def server_addresses(self) -> list[str]:
+        """`addresses`, one by one."""
+        return [address.strip().rstrip("/") for address in self.addresses.split(",") if address.strip()]
 
 
 @dataclass(frozen=True)
@@ -397,6 +479,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sglang: SGLangConfig = field(default_factory=SGLangConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -415,6 +498,7 @@ class SftConfig:
     task: TaskConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: GenerationConfig = field(default_factory=GenerationConfig)
+    sglang: SGLangConfig = field(default_factory=SGLangConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)

@@ -92,10 +92,10 @@ def sync_weights(policy: MegatronPolicy, job: Job, version: int) -> int:
     if job.engine is not None:
         job.engine.pause()
         job.engine.begin_update(version)
-    for bucket in policy.export(job.heads):
+    for bucket in policy.export(policy.weights.plan([[head] for head in job.heads])):
         if job.engine is not None:
             job.engine.update(bucket)
-            handed_over += sum(item.tensor.numel() * item.tensor.element_size() for item in bucket)
+            handed_over += 0 if bucket.bucket is None else bucket.bucket.nbytes
     if job.engine is not None:
         job.engine.end_update()
         job.engine.resume()

@@ -17,9 +17,11 @@ from gspo_megatron.policy.optimizer import build_optimizer, build_schedule, wrap
 from gspo_megatron.policy.router import RouterLosses, collect_losses
 from gspo_megatron.policy.step import LossFunction, forward_backward, forward_only
 from gspo_megatron.policy.weights import PolicyWeights, ReferenceWeights
-from gspo_megatron.types import MicroBatch, NamedTensor, StepBatch
+from gspo_megatron.types import MicroBatch, StepBatch
 from gspo_megatron.weights.families import load_fields
+from gspo_megatron.weights.gather import GatheredBucket
 from gspo_megatron.weights.hf_checkpoint import save_hf_folder
+from gspo_megatron.weights.reshard import ReshardPlan
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,13 @@ class MegatronPolicy:
         )
         return StepResult(reports, float(grad_norm), float(learning_rate), router_losses)
 
-    def export(self, destinations: Sequence[int]) -> Iterator[list[NamedTensor]]:
-        """Buckets of HF-named tensors, at the destination ranks."""
+    def export(self, plan: ReshardPlan) -> Iterator[GatheredBucket]:
+        """The weights as HF-named tensors at the plan's senders, bucket by bucket (`weights.plan` makes the plan)."""
         self._finish_parameters()
         if self.memory.offload_gradients:
             for chunk in self.chunks:
                 chunk.offload_grad_buffers()
-        return self.weights.export(destinations)
+        return self.weights.export(plan)
 
     def _finish_parameters(self) -> None:
         """Wait for parameters whose gathering was left to the next forward pass."""
@@ -142,7 +144,7 @@ class MegatronPolicy:
 
     def save_hf(self, folder: Path) -> None:
         """Write the weights as a Hugging Face folder, from rank 0, bucket by bucket."""
-        buckets = self.export([0])
+        buckets = self.export(self.weights.plan([[0]]))
         tensors = (tensor for bucket in buckets for tensor in bucket)
         if self.groups.rank == 0:
             save_hf_folder(folder, tensors, companions_from=self.source)

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gspo_megatron.groups import ProcessGroups
-from gspo_megatron.types import NamedTensor
 from gspo_megatron.weights.families.base import Family, ModelFields
-from gspo_megatron.weights.gather import GatherCounters, GatherPlan, gather_buckets, plan_gather
+from gspo_megatron.weights.gather import GatherCounters, GatheredBucket, gather_buckets
 from gspo_megatron.weights.hf_checkpoint import HFCheckpoint, random_tensor
+from gspo_megatron.weights.reshard import ReshardPlan, plan_reshard
 from gspo_megatron.weights.rules import TensorSpec
 
-BUCKET_NUMEL = 64 * 2**20
+BUCKET_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PolicyWeights:
         self.specs = family.specs(fields)
         self.slots = {slot.name: slot for slot in slots}
         self.counters = GatherCounters()
-        self._plans: dict[tuple[int, ...], GatherPlan] = {}
+        self._plans: dict[object, ReshardPlan] = {}
         known = {spec.megatron for spec in self.specs}
         assert self.slots.keys() <= known, f"parameters without a rule: {sorted(self.slots.keys() - known)}"
 
@@ -87,23 +87,29 @@ class PolicyWeights:
             assert whole.shape == slot.tensor.shape, (spec.megatron, whole.shape, slot.tensor.shape)
             slot.tensor.copy_(whole)
 
-    def export(
-        self, destinations: Sequence[int], local: Mapping[str, Tensor] | None = None
-    ) -> Iterator[list[NamedTensor]]:
-        """Buckets of HF-named tensors at the destination ranks; empty lists elsewhere. Collective.
-
-        `local` gives other tensors than the weights, laid out like them, by slot name: gradients, say.
-        """
-        plan = self._plans.get(tuple(destinations))
-        if plan is None:
-            plan = self._plans[tuple(destinations)] = plan_gather(
+    def plan(
+        self, feeds: Sequence[Sequence[int]], *, dtype: torch.dtype | None = None, bucket_bytes: int = BUCKET_BYTES
+    ) -> ReshardPlan:
+        """How the weights reach the feeds, made once; see `plan_reshard`. `dtype` None: that of the parameters."""
+        dtype = dtype or self.parameters[0].dtype
+        key = (tuple(map(tuple, feeds)), dtype, bucket_bytes)
+        if key not in self._plans:
+            self._plans[key] = plan_reshard(
                 self.specs,
                 self.groups.layout,
                 num_layers=self.fields.num_layers,
                 num_experts=self.fields.num_experts,
-                destinations=destinations,
-                bucket_numel=BUCKET_NUMEL,
+                feeds=feeds,
+                dtype=dtype,
+                bucket_bytes=bucket_bytes,
             )
+        return self._plans[key]
+
+    def export(self, plan: ReshardPlan, local: Mapping[str, Tensor] | None = None) -> Iterator[GatheredBucket]:
+        """One bucket a step of the plan, for the rank that sends it. Collective over all ranks.
+
+        `local` gives other tensors than the weights, laid out like them, by slot name: gradients, say.
+        """
         if local is None:
             local = {name: slot.tensor for name, slot in self.slots.items()}
         yield from gather_buckets(plan, local, self.groups, self.counters)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from gspo_megatron.types import Group, NamedTensor, Prompt
+from gspo_megatron.types import Group, Prompt
+from gspo_megatron.weights.gather import GatheredBucket
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class RolloutEngine(Protocol):
 
     def begin_update(self, version: int) -> None: ...
 
-    def update(self, bucket: Sequence[NamedTensor]) -> None: ...
+    def update(self, bucket: GatheredBucket) -> None: ...
 
     def end_update(self) -> None: ...
 

@@ -17,15 +17,17 @@ from gspo_megatron.parallel import ParallelLayout
 
 
 class Codec(Protocol):
-    """Turns the HF tensors of one rule into the whole Megatron parameter, cuts that, and back."""
+    """Turns the HF tensors of one rule into the whole Megatron parameter, cuts that into shards, and puts a shard back
+    to where it belongs in the HF tensors."""
 
     def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor: ...
 
-    def to_hf(self, tensor: Tensor) -> list[Tensor]: ...
-
     def shard(self, tensor: Tensor, dim: int, index: int, count: int) -> Tensor: ...
 
-    def unshard(self, shards: Sequence[Tensor], dim: int) -> Tensor: ...
+    def place(self, shard: Tensor, dim: int | None, index: int, count: int, targets: Sequence[Tensor]) -> None:
+        """Copy one of `count` shards into its part of the HF tensors, converting the dtype. `dim` None: the shard is
+        the whole parameter."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,11 @@ class Copy:
     def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0]
 
-    def to_hf(self, tensor: Tensor) -> list[Tensor]:
-        return [tensor]
-
     def shard(self, tensor: Tensor, dim: int, index: int, count: int) -> Tensor:
         return tensor.chunk(count, dim)[index]
 
-    def unshard(self, shards: Sequence[Tensor], dim: int) -> Tensor:
-        return torch.cat(list(shards), dim)
+    def place(self, shard: Tensor, dim: int | None, index: int, count: int, targets: Sequence[Tensor]) -> None:
+        _piece(targets[0], dim, index, count).copy_(shard)
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,12 @@ class QKV(Copy):
         ]
         return torch.cat(parts, dim=1).flatten(0, 1)
 
-    def to_hf(self, tensor: Tensor) -> list[Tensor]:
-        rest = tensor.shape[1:]
-        grouped = tensor.reshape(self.num_query_groups, -1, *rest)
+    def place(self, shard: Tensor, dim: int | None, index: int, count: int, targets: Sequence[Tensor]) -> None:
+        grouped = shard.reshape(self.num_query_groups // count, -1, *shard.shape[1:])  # a shard holds whole groups
         sizes = [self.heads_per_group * self.head_dim, self.head_dim, self.head_dim]
-        return [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]
+        for part, target in zip(grouped.split(sizes, dim=1), targets, strict=True):
+            own = _piece(target, dim, index, count)
+            own.view(part.shape).copy_(part)
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,12 @@ class GateUp(Copy):
     def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(tensors), dim=0)
 
-    def to_hf(self, tensor: Tensor) -> list[Tensor]:
-        return list(tensor.chunk(2, dim=0))
-
     def shard(self, tensor: Tensor, dim: int, index: int, count: int) -> Tensor:
         return torch.cat([half.chunk(count, dim)[index] for half in tensor.chunk(2, dim)], dim)
 
-    def unshard(self, shards: Sequence[Tensor], dim: int) -> Tensor:
-        halves = [shard.chunk(2, dim) for shard in shards]
-        return torch.cat([half[i] for i in (0, 1) for half in halves], dim)
+    def place(self, shard: Tensor, dim: int | None, index: int, count: int, targets: Sequence[Tensor]) -> None:
+        for half, target in zip(shard.chunk(2, 0), targets, strict=True):
+            _piece(target, dim, index, count).copy_(half)
 
 
 @dataclass(frozen=True)
@@ -100,8 +97,14 @@ class Vocabulary(Copy):
             piece = torch.cat([piece, piece.new_zeros(rows - piece.shape[0], *piece.shape[1:])])
         return piece
 
-    def unshard(self, shards: Sequence[Tensor], dim: int) -> Tensor:
-        return torch.cat(list(shards), dim)[: self.vocab_size]
+    def place(self, shard: Tensor, dim: int | None, index: int, count: int, targets: Sequence[Tensor]) -> None:
+        rows = targets[0][index * shard.shape[0] : (index + 1) * shard.shape[0]]
+        rows.copy_(shard[: rows.shape[0]])
+
+
+def _piece(tensor: Tensor, dim: int | None, index: int, count: int) -> Tensor:
+    """The part of a HF tensor that one shard covers."""
+    return tensor if dim is None else tensor.chunk(count, dim)[index]
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:

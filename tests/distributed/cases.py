@@ -98,7 +98,7 @@ def round_trip(layout: dict[str, int], folder: str) -> dict[str, Any]:
     policy = make_policy(groups, folder)
     heads = [groups.layout.head_rank(d) for d in range(groups.layout.data)]
     exported: dict[str, torch.Tensor] = {}
-    for bucket in policy.export(heads):
+    for bucket in policy.export(policy.weights.plan([[head] for head in heads])):
         for item in bucket:
             assert item.name not in exported, f"{item.name} exported twice"
             exported[item.name] = item.tensor.clone()
@@ -217,7 +217,11 @@ def _real_tokens(batches: Any, sequences: list[Sequence]) -> Iterator[tuple[Any,
 
 def whole_weights(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
     """All weights under their HF names, at rank 0; {} elsewhere."""
-    return {item.name: item.tensor.to("cpu", copy=True) for bucket in policy.export([0]) for item in bucket}
+    return {
+        item.name: item.tensor.to("cpu", copy=True)
+        for bucket in policy.export(policy.weights.plan([[0]]))
+        for item in bucket
+    }
 
 
 def whole_gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
@@ -234,7 +238,7 @@ def whole_gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
         name: slot.of(slot.parameter.main_grad)  # type: ignore[attr-defined]
         for name, slot in policy.weights.slots.items()
     }
-    buckets = policy.weights.export([0], local)
+    buckets = policy.weights.export(policy.weights.plan([[0]], dtype=torch.float32), local)
     return {item.name: item.tensor.to("cpu", copy=True) for bucket in buckets for item in bucket}
 
 

@@ -98,7 +98,11 @@ def alone(
         z += sum(float(b) for _, b in terms) / layers
     by_parameter = {id(p): g for p, g in zip(parameters, total, strict=True)}
     local = {name: slot.of(by_parameter[id(slot.parameter)]) for name, slot in policy.weights.slots.items()}
-    expected = {t.name: t.tensor.clone() for bucket in policy.weights.export([0], local) for t in bucket}
+    expected = {
+        t.name: t.tensor.clone()
+        for bucket in policy.weights.export(policy.weights.plan([[0]], dtype=torch.float32), local)
+        for t in bucket
+    }
     return {
         "gradients": gradients,
         "expected": expected,

@@ -95,7 +95,7 @@ def memory(folder: str, vocab: int, settings: dict[str, Any]) -> dict[str, Any]:
     loss = sft.answer_loss(batch.num_global_sequences)
     norms = [policy.train_step(batch, loss).grad_norm]
     trained = _allocated()
-    deque(policy.export([0]), maxlen=0)  # keeps no bucket alive
+    deque(policy.export(policy.weights.plan([[0]])), maxlen=0)  # keeps no bucket alive
     exported = _allocated()
     norms.append(policy.train_step(batch, loss).grad_norm)
     optimizers = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])

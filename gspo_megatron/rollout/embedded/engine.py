@@ -6,7 +6,7 @@ For tiny models and machines without SGLang. It holds a full copy of the model.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -58,7 +58,7 @@ class EmbeddedEngine:
         self._next_version = version
 
     @torch.no_grad()
-    def update(self, bucket: Sequence[NamedTensor]) -> None:
+    def update(self, bucket: Iterable[NamedTensor]) -> None:
         """Copy HF-named tensors into the model."""
         assert self._elements_missing is not None, "update outside begin_update … end_update"
         for item in bucket:

@@ -33,6 +33,19 @@ def parts(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [piece.reshape(s) for piece, s in zip(flat.split(sizes), shapes, strict=True)]
 
 
+def placed(codec: Codec, shards: list[Tensor], dim: int | None, like: list[Tensor]) -> list[Tensor]:
+    """HF tensors put together from all shards; what no shard reaches is NaN."""
+    targets = [torch.full_like(t, torch.nan) for t in like]
+    for index, shard in enumerate(shards):
+        codec.place(shard, dim, index, len(shards), targets)
+    return targets
+
+
+def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 degrees = st.sampled_from([1, 2, 3, 4])
 
 
@@ -61,13 +74,10 @@ def cases(draw: st.DrawFn) -> tuple[Codec, list[Tensor], int, int]:
 def test_every_codec_is_inverted_bitwise_in_every_degree(case: tuple[Codec, list[Tensor], int, int]) -> None:
     codec, tensors, dim, count = case
     whole = codec.to_megatron(tensors)
-    for got, given_ in zip(codec.to_hf(whole), tensors, strict=True):
-        assert torch.equal(got, given_)
+    assert_equal(placed(codec, [whole], None, tensors), tensors)
     shards = [codec.shard(whole, dim, i, count) for i in range(count)]
     assert len({tuple(s.shape) for s in shards}) == 1, "every rank's parameter has the same shape"
-    again = codec.to_hf(codec.unshard(shards, dim))
-    for got, given_ in zip(again, tensors, strict=True):
-        assert torch.equal(got, given_)
+    assert_equal(placed(codec, shards, dim, tensors), tensors)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -85,9 +95,9 @@ def test_qkv_puts_the_queries_of_a_group_before_its_key_and_value(count: int) ->
     # A tensor rank holds whole groups: its shard is the same layout of its own heads.
     here = groups // count
     for rank in range(count):
-        own = QKV(here, heads, dim).to_hf(codec.shard(whole, 0, rank, count))
-        for local, everything in zip(own, (q, k, v), strict=True):
-            assert torch.equal(local, everything.chunk(count)[rank])
+        expected = [everything.chunk(count)[rank] for everything in (q, k, v)]
+        own = QKV(here, heads, dim)
+        assert_equal(placed(own, [codec.shard(whole, 0, rank, count)], None, expected), expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -115,7 +125,7 @@ def test_what_is_exported_does_not_depend_on_the_padding_rows() -> None:
     codec = Vocabulary(5)
     shards = [codec.shard(numbered(5, 2), 0, i, 4) for i in range(4)]
     shards[3] += torch.nan
-    assert torch.equal(codec.unshard(shards, 0), numbered(5, 2))
+    assert_equal(placed(codec, shards, 0, [numbered(5, 2)]), [numbered(5, 2)])
 
 
 TABLE = [

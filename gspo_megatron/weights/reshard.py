@@ -1,0 +1,346 @@
+"""From the Megatron layout to the engines: who sends which tensor in which bucket. Pure data, alike on every rank.
+
+An engine, or a set of engines that are reached together, is fed by a set of ranks: the feed. Every feed gets every
+HF tensor once, whole, from one of its ranks, the tensor's sender. A broadcast to SGLang servers is one feed of all
+ranks; an engine in a rank's own process is a feed of that rank alone.
+
+In a feed of all ranks each pipeline stage sends its own layers. Its senders are the ranks of one copy of the stage
+(as many as the larger of the expert- and tensor-parallel degrees), so every expert is sent by a rank that has it. Two
+things are moved to another sender of the stage: experts of ranks that are no senders, because each sender needs a
+communicator with the servers and `max_senders` bounds their number; and a few experts of a rank that had more than
+`BALANCE` × the stage's mean, because it also sends an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from gspo_megatron.parallel import ParallelLayout
+from gspo_megatron.weights.rules import TensorSpec
+
+BALANCE = 1.1  # bytes of a sender over the mean of its pipeline stage, from which experts are moved
+MAX_SENDERS = 64
+
+
+@dataclass(frozen=True)
+class Move:
+    """One shard of one parameter, from its owner to the tensor's sender."""
+
+    spec: int  # index into ReshardPlan.specs
+    shard: int
+    source: int  # global rank
+    destination: int  # the sender; equal to source where it holds the shard itself
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors that one rank sends together."""
+
+    feed: int
+    sender: int  # global rank
+    specs: tuple[int, ...]  # indices into ReshardPlan.specs, in the model's order
+    nbytes: int  # as sent
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens at one time: at most one bucket a feed."""
+
+    buckets: tuple[Bucket, ...]
+    moves: tuple[Move, ...]
+
+    def bucket_of(self, rank: int) -> Bucket | None:
+        """The bucket that a rank sends."""
+        return next((b for b in self.buckets if b.sender == rank), None)
+
+
+@dataclass(frozen=True)
+class ReshardPlan:
+    """Who sends what, and who gives the senders what they lack."""
+
+    specs: tuple[TensorSpec, ...]
+    layout: ParallelLayout
+    dtype: torch.dtype  # of the tensors as sent
+    shard_shapes: tuple[torch.Size, ...]  # of each spec's shards, which are all alike
+    feeds: tuple[tuple[int, ...], ...]
+    steps: tuple[Step, ...]
+    bucket_bytes: int  # largest bucket: what was asked for, or the largest tensor
+    relayed: tuple[
+        frozenset[int], ...
+    ]  # by feed: specs of experts that no sender holds, or that were moved for balance
+
+    @property
+    def num_bytes(self) -> int:
+        """The model as sent to one feed."""
+        return sum(self.spec_bytes(i) for i in range(len(self.specs)))
+
+    def spec_bytes(self, index: int) -> int:
+        """The HF tensors of one spec as sent."""
+        return self.specs[index].numel * self.dtype.itemsize
+
+    def shard_bytes(self, index: int) -> int:
+        """One shard on the way to its sender; padding rows of the vocabulary included."""
+        return self.shard_shapes[index].numel() * self.dtype.itemsize
+
+    def senders(self, feed: int) -> tuple[int, ...]:
+        """The ranks that send to a feed; each needs its own communicator with the servers."""
+        return tuple(sorted(self.sent_bytes(feed)))
+
+    def sent_bytes(self, feed: int) -> dict[int, int]:
+        """Bytes that each sender of a feed sends."""
+        sent: dict[int, int] = {}
+        for step in self.steps:
+            for bucket in step.buckets:
+                if bucket.feed == feed:
+                    sent[bucket.sender] = sent.get(bucket.sender, 0) + bucket.nbytes
+        return sent
+
+    def relayed_bytes(self, feed: int) -> int:
+        """Bytes of experts whose sender is not the rank that has them."""
+        return sum(self.spec_bytes(i) for i in self.relayed[feed])
+
+    @cached_property
+    def _traffic(self) -> dict[int, tuple[int, int]]:
+        """Rank → bytes it gives to senders, bytes it gets as a sender."""
+        given: dict[int, int] = {}
+        got: dict[int, int] = {}
+        for step in self.steps:
+            for move in step.moves:
+                if move.source != move.destination:
+                    size = self.shard_bytes(move.spec)
+                    given[move.source] = given.get(move.source, 0) + size
+                    got[move.destination] = got.get(move.destination, 0) + size
+        return {r: (given.get(r, 0), got.get(r, 0)) for r in given.keys() | got.keys()}
+
+    def given_bytes(self, rank: int) -> int:
+        """Bytes of shards that leave a rank for other senders."""
+        return self._traffic.get(rank, (0, 0))[0]
+
+    def gathered_bytes(self, rank: int) -> int:
+        """Bytes of shards that reach a rank from others."""
+        return self._traffic.get(rank, (0, 0))[1]
+
+    def peak_bytes(self, rank: int) -> int:
+        """Most memory that a rank needs on top of its parameters.
+
+        While its last bucket is still on the way, a sender receives the shards of its next one; it puts them together
+        when that bucket has left.
+        """
+        in_flight = peak = 0
+        for step in self.steps:
+            away = [m for m in step.moves if m.source != m.destination]
+            staged = sum(self.shard_bytes(m.spec) for m in away if m.destination == rank)
+            given = sum(self.shard_bytes(m.spec) for m in away if m.source == rank)
+            peak = max(peak, in_flight + staged + given)
+            bucket = step.bucket_of(rank)
+            if bucket is not None:
+                in_flight = bucket.nbytes
+                peak = max(peak, staged + in_flight)
+        return peak
+
+
+def owners(spec: TensorSpec, shard: int, layout: ParallelLayout, num_layers: int, num_experts: int) -> list[int]:
+    """The ranks one shard of a parameter may come from: all that hold it, but of what is not cut over tensor
+    ranks only the first tensor rank's copies."""
+    stage = spec.pipeline_stage(layout, num_layers)
+    tensor = shard if spec.dim is not None else 0
+    if spec.expert is None:
+        return [
+            layout.rank(tensor=tensor, context=c, data=d, pipeline=stage)
+            for d in range(layout.data)
+            for c in range(layout.context)
+        ]
+    expert = spec.expert * layout.expert // num_experts
+    return [
+        layout.expert_rank(expert=expert, expert_tensor=tensor, expert_data=d, pipeline=stage)
+        for d in range(layout.expert_data)
+    ]
+
+
+def plan_reshard(
+    specs: Sequence[TensorSpec],
+    layout: ParallelLayout,
+    *,
+    num_layers: int,
+    num_experts: int | None,
+    feeds: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    bucket_bytes: int,
+    max_senders: int = MAX_SENDERS,
+) -> ReshardPlan:
+    """Plan the way of every exported tensor to every feed.
+
+    Args:
+        specs: the model's parameters.
+        layout: of the ranks that train.
+        num_layers, num_experts: of the model; None without experts.
+        feeds: for each engine, or set of engines reached by the same broadcast, the ranks that may send to it.
+        dtype: of the tensors as sent.
+        bucket_bytes: of a bucket at most; a larger tensor is sent alone.
+        max_senders: of a feed, in all pipeline stages together; at least the pipeline degree.
+
+    A shard comes from the sender itself if it holds it, else from the owner that has given least so far.
+    """
+    exported = tuple(s for s in specs if not s.load_only)
+    shapes = _shard_shapes(exported, layout)
+    sizes = [s.numel * dtype.itemsize for s in exported]
+    stages = [s.pipeline_stage(layout, num_layers) for s in exported]
+    holder = [None if s.expert is None else s.expert * layout.expert // (num_experts or 1) for s in exported]
+
+    queues: list[list[Bucket]] = []
+    relayed = []
+    for number, feed in enumerate(feeds):
+        sender_of: list[int] = [-1] * len(exported)
+        moved: set[int] = set()
+        loads = dict.fromkeys(feed, 0)
+        for stage in range(layout.pipeline):
+            here = [i for i in range(len(exported)) if stages[i] == stage]
+            senders = _senders(layout, stage, feed, max(1, max_senders // layout.pipeline))
+            moved |= _assign(here, sizes, holder, senders, layout, loads, sender_of)
+        queues.append(_queue(number, sender_of, sizes, bucket_bytes))
+        relayed.append(frozenset(moved))
+
+    find_owners = _Owners(layout, num_layers, num_experts or 1)
+    given: dict[int, int] = {}
+    steps = []
+    for i in range(max(map(len, queues), default=0)):
+        buckets = tuple(queue[i] for queue in queues if i < len(queue))
+        moves = []
+        for bucket in buckets:
+            for index in bucket.specs:
+                for shard in range(exported[index].num_shards(layout)):
+                    holders = find_owners(exported[index], shard)
+                    if bucket.sender in holders:
+                        source = bucket.sender
+                    else:
+                        source = min(holders, key=lambda rank: (given.get(rank, 0), rank))
+                        given[source] = given.get(source, 0) + shapes[index].numel()
+                    moves.append(Move(index, shard, source, bucket.sender))
+        steps.append(Step(buckets, tuple(moves)))
+    largest = max(bucket_bytes, max(sizes, default=0))
+    return ReshardPlan(
+        exported, layout, dtype, shapes, tuple(tuple(f) for f in feeds), tuple(steps), largest, tuple(relayed)
+    )
+
+
+def _senders(layout: ParallelLayout, stage: int, feed: Sequence[int], most: int) -> list[int]:
+    """The ranks of a feed that send a stage's tensors: those of one copy of the stage, or of the whole feed if it has
+    none in this stage. The first of them differ in the experts they hold."""
+    places = {rank: layout.coordinates(rank) for rank in feed}
+    of_stage = [rank for rank in feed if places[rank].pipeline == stage]
+    if not of_stage:
+        return sorted(feed)[:most]
+    ordered = sorted(of_stage, key=lambda r: (places[r].expert_data, places[r].expert_tensor, places[r].expert))
+    return ordered[: min(most, max(layout.expert, layout.tensor))]
+
+
+def _assign(
+    specs: Sequence[int],
+    sizes: Sequence[int],
+    holder: Sequence[int | None],
+    senders: Sequence[int],
+    layout: ParallelLayout,
+    loads: dict[int, int],
+    sender_of: list[int],
+) -> set[int]:
+    """Give each spec of a stage its sender: the least loaded, and for experts one that holds them if there is one.
+
+    Fills `sender_of` and `loads`; returns the experts that are sent by a rank that doesn't hold them.
+    """
+    by_expert: dict[int, list[int]] = {}
+    for rank in senders:
+        by_expert.setdefault(layout.coordinates(rank).expert, []).append(rank)
+    moved: set[int] = set()
+    # Large tensors first, and what may go anywhere before what may not.
+    for i in sorted(specs, key=lambda i: (holder[i] is not None, -sizes[i], i)):
+        expert = holder[i]
+        candidates = senders if expert is None else by_expert.get(expert, senders)
+        if expert is not None and expert not in by_expert:
+            moved.add(i)
+        sender_of[i] = min(candidates, key=lambda rank: (loads[rank], rank))
+        loads[sender_of[i]] += sizes[i]
+    return moved | _balance(specs, sizes, holder, senders, loads, sender_of)
+
+
+def _balance(
+    specs: Sequence[int],
+    sizes: Sequence[int],
+    holder: Sequence[int | None],
+    senders: Sequence[int],
+    loads: dict[int, int],
+    sender_of: list[int],
+) -> set[int]:
+    """Move experts away from a sender with more than BALANCE × the mean, to the least loaded one."""
+    mean = sum(loads[r] for r in senders) / len(senders)
+    moved: set[int] = set()
+    experts: dict[int, list[int]] = {rank: [] for rank in senders}
+    for i in specs:
+        if holder[i] is not None:
+            experts[sender_of[i]].append(i)
+    while True:
+        most, least = max(senders, key=lambda r: loads[r]), min(senders, key=lambda r: loads[r])
+        if loads[most] <= BALANCE * mean or not experts[most]:
+            return moved
+        i = experts[most].pop()
+        if loads[least] + sizes[i] >= loads[most]:
+            return moved
+        loads[most] -= sizes[i]
+        loads[least] += sizes[i]
+        sender_of[i] = least
+        experts[least].append(i)
+        moved.add(i)
+
+
+def _queue(feed: int, sender_of: Sequence[int], sizes: Sequence[int], bucket_bytes: int) -> list[Bucket]:
+    """A feed's buckets: each sender's tensors in the model's order, the senders in turn, so that one sends while the
+    next ones gather."""
+    of_sender: dict[int, list[list[int]]] = {}
+    filled: dict[int, int] = {}
+    for i, sender in enumerate(sender_of):
+        buckets = of_sender.setdefault(sender, [])
+        if not buckets or filled[sender] + sizes[i] > bucket_bytes:
+            buckets.append([])
+            filled[sender] = 0
+        buckets[-1].append(i)
+        filled[sender] += sizes[i]
+    queue = []
+    for turn in range(max((len(b) for b in of_sender.values()), default=0)):
+        for sender in sorted(of_sender):
+            if turn < len(of_sender[sender]):
+                chosen = of_sender[sender][turn]
+                queue.append(Bucket(feed, sender, tuple(chosen), sum(sizes[i] for i in chosen)))
+    return queue
+
+
+def _shard_shapes(specs: Iterable[TensorSpec], layout: ParallelLayout) -> tuple[torch.Size, ...]:
+    """Shapes of the parameters on a rank, from shards cut out of empty HF tensors."""
+    known: dict[tuple[object, ...], torch.Size] = {}  # thousands of specs, a dozen shapes
+    shapes = []
+    for spec in specs:
+        count = spec.num_shards(layout)
+        key = (spec.hf_shapes, spec.codec, spec.dim, count)
+        if key not in known:
+            whole = spec.codec.to_megatron([torch.empty(shape, device="meta") for shape in spec.hf_shapes])
+            known[key] = whole.shape if spec.dim is None else spec.codec.shard(whole, spec.dim, 0, count).shape
+        shapes.append(known[key])
+    return tuple(shapes)
+
+
+class _Owners:
+    """`owners`, computed once for all specs that lie at the same place."""
+
+    def __init__(self, layout: ParallelLayout, num_layers: int, num_experts: int) -> None:
+        self.layout, self.num_layers, self.num_experts = layout, num_layers, num_experts
+        self._known: dict[tuple[object, ...], list[int]] = {}
+
+    def __call__(self, spec: TensorSpec, shard: int) -> list[int]:
+        stage = spec.pipeline_stage(self.layout, self.num_layers)
+        expert = None if spec.expert is None else spec.expert * self.layout.expert // self.num_experts
+        key = (stage, expert, shard if spec.dim is not None else 0)
+        if key not in self._known:
+            self._known[key] = owners(spec, shard, self.layout, self.num_layers, self.num_experts)
+        return self._known[key]
