@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.errors import UserError, nearest
-from gspo_megatron.weights.families import qwen3, qwen3_moe
+from gspo_megatron.weights.families import deepseek_v3, qwen3, qwen3_moe
 from gspo_megatron.weights.families.base import Family, ModelFields
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen3.FAMILY, qwen3_moe.FAMILY)}
+
+# Families whose tensors can be planned for: the trained ones, and those with a rule table and nothing else yet.
+PLANNABLE: dict[str, Family] = FAMILIES | {
+    family.model_type: family for family in (deepseek_v3.FAMILY, deepseek_v3.KIMI_K2)
+}
 
 
 def read_hf_config(folder: str | Path) -> dict[str, Any]:

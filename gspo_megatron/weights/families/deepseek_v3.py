@@ -1,0 +1,137 @@
+"""DeepSeek-V3 and Kimi-K2: multi-head latent attention, first layers dense, routed and shared experts.
+
+The table serves planning so far (`PLANNABLE` in families/__init__.py); training refuses the family. To train it:
+
+- `fields` reads no yarn numbers, router groups, scaling factors or score function; `ModelFields` has no place for them;
+- `router.expert_bias` is a buffer of Megatron's router, not a parameter, and stays float32 in a bfloat16 model;
+- names are those of Megatron's local modules, where both down-projections are column-parallel. Transformer Engine's
+  modules hold them whole on every rank and fuse the norms into the up-projections.
+
+The layers that predict further tokens (`num_nextn_predict_layers`; `model.layers.61` of DeepSeek-V3) have no rules:
+they are not trained here, so they are not sent, and a server keeps those it loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gspo_megatron.weights.families.base import (
+    ConfigReader,
+    Family,
+    ModelFields,
+    attention_and_norm_rules,
+    dense_mlp_rules,
+    expert_rules,
+)
+from gspo_megatron.weights.rules import GateUp, Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttentionFields(ModelFields):
+    """`num_query_groups` is the number of heads and `head_dim` the width of a query or key: Megatron's latent attention
+    makes its projections from the numbers below instead."""
+
+    q_lora_rank: int | None  # None: queries are projected in one step
+    kv_lora_rank: int
+    qk_nope_head_dim: int  # Megatron's qk_head_dim
+    qk_rope_head_dim: int  # Megatron's qk_pos_emb_head_dim
+    v_head_dim: int
+    shared_ffn_hidden_size: int  # of all shared experts together; 0: none
+
+
+def fields(config: dict[str, Any]) -> LatentAttentionFields:
+    """Fields of a DeepseekV3ForCausalLM config."""
+    read = ConfigReader(config)
+    read.refuse_unless("attention_bias", [False], "biases in attention have no rule")
+    read.refuse_unless("hidden_act", ["silu"], "only SwiGLU is implemented")
+    read.refuse_unless("moe_layer_freq", [1], "every layer after the dense ones has experts")
+    num_layers, first_moe_layer = read("num_hidden_layers"), read("first_k_dense_replace")
+    rope = config.get("rope_parameters") or {}  # transformers 5
+    return LatentAttentionFields(
+        num_layers=num_layers,
+        hidden_size=read("hidden_size"),
+        num_attention_heads=read("num_attention_heads"),
+        num_query_groups=read("num_attention_heads"),
+        head_dim=read("qk_nope_head_dim") + read("qk_rope_head_dim"),
+        ffn_hidden_size=read("intermediate_size"),
+        vocab_size=read("vocab_size"),
+        max_position_embeddings=read("max_position_embeddings"),
+        norm_eps=read("rms_norm_eps"),
+        rope_theta=float(rope.get("rope_theta") or read("rope_theta")),
+        tied_embeddings=config.get("tie_word_embeddings", False),
+        initializer_range=config.get("initializer_range", 0.02),
+        qk_layernorm=True,
+        num_experts=read("n_routed_experts", "num_local_experts"),
+        experts_per_token=read("num_experts_per_tok"),
+        expert_ffn_hidden_size=read("moe_intermediate_size"),
+        moe_layers=tuple(range(first_moe_layer, num_layers)),
+        q_lora_rank=config.get("q_lora_rank"),
+        kv_lora_rank=read("kv_lora_rank"),
+        qk_nope_head_dim=read("qk_nope_head_dim"),
+        qk_rope_head_dim=read("qk_rope_head_dim"),
+        v_head_dim=read("v_head_dim"),
+        shared_ffn_hidden_size=(config.get("n_shared_experts") or 0) * read("moe_intermediate_size"),
+    )
+
+
+def rules(f: ModelFields) -> list[Rule]:
+    """The rule table."""
+    assert isinstance(f, LatentAttentionFields)
+    # Embedding, norms and head are those of all Llama-like families.
+    common = [rule for rule in attention_and_norm_rules(f) if ".self_attention." not in rule.megatron]
+    return [*common, *latent_attention_rules(f), *dense_mlp_rules(f), *expert_rules(f), *moe_extra_rules(f)]
+
+
+def latent_attention_rules(f: LatentAttentionFields) -> list[Rule]:
+    """Projections through a low rank, as in megatron/core/transformer/multi_latent_attention.py.
+
+    Heads are stacked along the rows in the same order on both sides, without any interleaving.
+    """
+    attention, hf = "decoder.layers.{layer}.self_attention.", "model.layers.{layer}.self_attn."
+    h, heads = f.hidden_size, f.num_attention_heads
+    q_rows, kv_rows = heads * f.head_dim, heads * (f.qk_nope_head_dim + f.v_head_dim)
+
+    def rule(megatron: str, name: str, *shape: int, dim: int | None) -> Rule:
+        return Rule(f"{attention}{megatron}.weight", (f"{hf}{name}.weight",), (shape,), dim=dim)
+
+    if f.q_lora_rank is None:
+        queries = [rule("linear_q_proj", "q_proj", q_rows, h, dim=0)]
+    else:
+        queries = [
+            rule("linear_q_down_proj", "q_a_proj", f.q_lora_rank, h, dim=0),
+            rule("q_layernorm", "q_a_layernorm", f.q_lora_rank, dim=None),
+            rule("linear_q_up_proj", "q_b_proj", q_rows, f.q_lora_rank, dim=0),
+        ]
+    return [
+        *queries,
+        rule("linear_kv_down_proj", "kv_a_proj_with_mqa", f.kv_lora_rank + f.qk_rope_head_dim, h, dim=0),
+        rule("kv_layernorm", "kv_a_layernorm", f.kv_lora_rank, dim=None),
+        rule("linear_kv_up_proj", "kv_b_proj", kv_rows, f.kv_lora_rank, dim=0),
+        rule("linear_proj", "o_proj", h, heads * f.v_head_dim, dim=1),
+    ]
+
+
+def moe_extra_rules(f: LatentAttentionFields) -> Sequence[Rule]:
+    """The bias that balances routing, and the shared experts: one MLP, cut over the ranks of dense layers."""
+    mlp, hf_mlp = "decoder.layers.{layer}.mlp.", "model.layers.{layer}.mlp."
+    assert f.num_experts is not None
+    ffn, h = f.shared_ffn_hidden_size, f.hidden_size
+    bias = Rule(
+        mlp + "router.expert_bias", (hf_mlp + "gate.e_score_correction_bias",), ((f.num_experts,),), layers=f.moe_layers
+    )
+    if ffn == 0:
+        return [bias]
+    shared, hf_shared = mlp + "shared_experts.", hf_mlp + "shared_experts."
+    gate_up = tuple(f"{hf_shared}{x}_proj.weight" for x in ("gate", "up"))
+    down = (hf_shared + "down_proj.weight",)
+    return [
+        bias,
+        Rule(shared + "linear_fc1.weight", gate_up, ((ffn, h), (ffn, h)), GateUp(), dim=0, layers=f.moe_layers),
+        Rule(shared + "linear_fc2.weight", down, ((h, ffn),), dim=1, layers=f.moe_layers),
+    ]
+
+
+FAMILY = Family("deepseek_v3", fields, rules)
+KIMI_K2 = Family("kimi_k2", fields, rules)

@@ -1,0 +1,1 @@
+"""What tools/benchmark_reshard.py runs: plans of published size, without devices."""
