@@ -4,7 +4,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest
 SOURCES := gspo_megatron tests tools examples setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-peers quickstart test test-system check format bench gpu-check clean
+.PHONY: help setup setup-peers setup-sglang quickstart test test-system check format bench gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -14,6 +14,9 @@ setup:  ## make .venv with the tested versions; run again it does nothing
 
 setup-peers:  ## make .venv-peers, where TRL runs beside us in benchmarks
 	@tools/setup_peers.sh
+
+setup-sglang:  ## make .venv-sglang, where SGLang servers run on this machine's CPU
+	@tools/setup_sglang.sh
 
 quickstart: setup  ## cold-start a small MoE and improve it with GSPO on this machine's CPU
 	@examples/quickstart/run.sh

@@ -168,6 +168,25 @@ def _run_check(arguments: Arguments) -> int:
     return EXIT_DONE
 
 
+def _run_serve(arguments: Arguments) -> int:
+    from gspo_megatron import config_io
+
+    if config_io.wants_help(arguments):
+        config_io.print_help(TrainConfig, f"{PROGRAM} {COMMANDS['serve'].usage}", COMMANDS["serve"].summary)
+        return EXIT_DONE
+    path, overrides = _config_and_overrides("serve", arguments)
+    config = _train(_load(TrainConfig, path, overrides))
+    from gspo_megatron.rollout.sglang import serve
+    from gspo_megatron.rollout.sglang.address import ServerError
+
+    try:
+        serve.run(config)
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_DONE
+
+
 def _run_report(arguments: Arguments) -> int:
     parser = _parser("report")
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="run folder with metrics.jsonl")
@@ -229,6 +248,11 @@ COMMANDS: dict[str, Command] = {
         f"eval {_CONFIG_USAGE}",
         "Evaluate model.path of a train config on the held-out split",
         _RankedCommand("eval", TrainConfig, "evaluate", writes_run_folder=False),
+    ),
+    "serve": Command(
+        f"serve {_CONFIG_USAGE}",
+        "Start the SGLang servers of a train config on this machine and keep them running",
+        _run_serve,
     ),
     "check": Command(
         f"check {_CONFIG_USAGE}",

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from gspo_megatron.config import OptimizerConfig, TrainConfig
 from gspo_megatron.errors import UserError
-from gspo_megatron.job import Job, open_job, sync_weights
+from gspo_megatron.job import Job, open_job
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.rollout.engine import SamplingParams
+from gspo_megatron.weight_sync import Restore, generate, sync_weights
 
 CORRECT = 1.0 - 1e-6  # a reward from which pass@k counts a response as solved
 
@@ -60,21 +61,25 @@ def _pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 if n - correct < k else 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def evaluate(job: Job) -> EvalResult:
-    """Sample the held-out prompts from the engines' present weights. Collective; the same result on every rank."""
+def evaluate(job: Job, restore: Restore | None = None) -> EvalResult:
+    """Sample the held-out prompts from the engines' present weights. Collective; the same result on every rank. For
+    `restore` see `generate`."""
     settings = job.config.eval
-    record = None
-    if job.engine is not None and job.scorer is not None:
+    mine = []
+    if job.groups.is_head:
         prompts = job.task.prompts("heldout", 0, settings.prompts)
         mine = [prompts[i] for i in job.share(len(prompts))]
-        params = SamplingParams(
-            num_samples=settings.samples,
-            temperature=settings.temperature,
-            max_response_tokens=job.config.rollout.max_response_tokens,
-            stop_token_ids=job.tokenizer.stop_token_ids,
-            seed=1_000_003 * (job.config.run.seed + 1) + job.groups.coordinates.data,
-        )
-        groups, report = job.scorer.score(job.engine.generate(mine, params))
+    params = SamplingParams(
+        num_samples=settings.samples,
+        temperature=settings.temperature,
+        max_response_tokens=job.config.rollout.max_response_tokens,
+        stop_token_ids=job.tokenizer.stop_token_ids,
+        seed=1_000_003 * (job.config.run.seed + 1) + job.groups.coordinates.data,
+    )
+    generated = generate(job, mine, params, restore)
+    record = None
+    if job.scorer is not None:
+        groups, report = job.scorer.score(generated)
         record = [[rollout.reward for rollout in group.rollouts] for group in groups], report.first_error
     records = job.all_gather(record)
     rewards = [samples for part, _ in records for samples in part]

@@ -12,6 +12,7 @@ from gspo_megatron.config import TrainConfig
 from gspo_megatron.job import Job
 from gspo_megatron.rollout.engine import SamplingParams
 from gspo_megatron.types import Group, Rollout, ScoreReport, Sequence
+from gspo_megatron.weight_sync import Restore, generate
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,10 @@ class Experience:
     next_prompt: int  # where the next batch starts in the task's order
 
 
-def collect(job: Job, algorithm: Algorithm, *, batch: int, first_prompt: int) -> Experience:
-    """Generate, score and weigh one rollout batch. Collective over all ranks."""
+def collect(
+    job: Job, algorithm: Algorithm, *, batch: int, first_prompt: int, restore: Restore | None = None
+) -> Experience:
+    """Generate, score and weigh one rollout batch. Collective over all ranks; for `restore` see `generate`."""
     config = job.config
     assert isinstance(config, TrainConfig)
     wanted = config.rollout.prompts_per_batch
@@ -34,7 +37,7 @@ def collect(job: Job, algorithm: Algorithm, *, batch: int, first_prompt: int) ->
     groups: list[Group] = []
     report = ScoreReport()
     for number in range(rounds):
-        drawn, score = _generate(job, wanted, first_prompt, seed=batch * rounds + number)
+        drawn, score = _generate(job, wanted, first_prompt, seed=batch * rounds + number, restore=restore)
         groups, report = groups + drawn, _add(report, score)
         first_prompt += wanted
         if rounds > 1 and sum(job.all_gather(sum(_differ(g, config) for g in groups))) >= wanted:
@@ -57,13 +60,15 @@ def collect(job: Job, algorithm: Algorithm, *, batch: int, first_prompt: int) ->
     return Experience(groups, sequences, advantages, report, first_prompt)
 
 
-def _generate(job: Job, count: int, first_prompt: int, *, seed: int) -> tuple[list[Group], ScoreReport]:
+def _generate(
+    job: Job, count: int, first_prompt: int, *, seed: int, restore: Restore | None
+) -> tuple[list[Group], ScoreReport]:
     config = job.config
     assert isinstance(config, TrainConfig)
-    if job.engine is None or job.scorer is None:
-        return [], ScoreReport()
-    prompts = job.task.prompts("train", first_prompt, count)
-    mine = [prompts[i] for i in job.share(count)]
+    mine = []
+    if job.groups.is_head:
+        prompts = job.task.prompts("train", first_prompt, count)
+        mine = [prompts[i] for i in job.share(count)]
     params = SamplingParams(
         num_samples=config.rollout.samples_per_prompt,
         temperature=config.rollout.temperature,
@@ -71,7 +76,10 @@ def _generate(job: Job, count: int, first_prompt: int, *, seed: int) -> tuple[li
         stop_token_ids=job.tokenizer.stop_token_ids,
         seed=(config.run.seed * 1_000_003 + seed) * job.groups.layout.data + job.groups.coordinates.data,
     )
-    groups, report = job.scorer.score(job.engine.generate(mine, params))
+    generated = generate(job, mine, params, restore)
+    if job.scorer is None:
+        return [], ScoreReport()
+    groups, report = job.scorer.score(generated)
     return [replace(g, rollouts=[_judge(r, config) for r in g.rollouts]) for g in groups], report
 
 

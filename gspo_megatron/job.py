@@ -13,10 +13,11 @@ import torch.distributed as dist
 from gspo_megatron.config import SftConfig, TrainConfig
 from gspo_megatron.device import DTYPES, current_device
 from gspo_megatron.groups import ProcessGroups
-from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.policy.runtime import initialize, shutdown
 from gspo_megatron.rollout.embedded import EmbeddedEngine
-from gspo_megatron.rollout.engine import RolloutEngine
+from gspo_megatron.rollout.engine import Feeding, RolloutEngine
+from gspo_megatron.rollout.sglang.engine import SGLangEngine
+from gspo_megatron.rollout.sglang.opening import open_sglang
 from gspo_megatron.tasks import build as build_task
 from gspo_megatron.tasks.base import Task
 from gspo_megatron.tasks.scoring import Scorer
@@ -32,7 +33,7 @@ class Job:
     tokenizer: Tokenizer
     task: Task
     scorer: Scorer | None  # at the heads
-    engine: RolloutEngine | None  # at the heads
+    engine: RolloutEngine | None  # embedded: at the heads; over servers: on every rank
     device: torch.device
 
     @property
@@ -40,6 +41,13 @@ class Job:
         """The ranks that generate."""
         layout = self.groups.layout
         return [layout.head_rank(d) for d in range(layout.data)]
+
+    @property
+    def feeding(self) -> Feeding:
+        """How the engines want the weights, on every rank."""
+        if isinstance(self.engine, SGLangEngine):
+            return self.engine.feeding
+        return Feeding([[head] for head in self.heads])
 
     def share(self, count: int) -> range:
         """Which of `count` numbered things this replica takes."""
@@ -75,28 +83,16 @@ def build_job(config: TrainConfig | SftConfig, groups: ProcessGroups) -> Iterato
     """This rank's share of a run over groups that exist."""
     tokenizer = Tokenizer.load(config.model.path)
     task = build_task(config.task, tokenizer, seed=config.run.seed)
-    device = current_device()
-    if not groups.is_head:
-        yield Job(config, groups, tokenizer, task, None, None, device)
-        return
-    engine = EmbeddedEngine(
-        config.model.path, dtype=DTYPES[config.model.dtype], device=device, batch_size=config.rollout.batch_size
-    )
-    with Scorer(task, config.task, tokenizer) as scorer:
-        yield Job(config, groups, tokenizer, task, scorer, engine, device)
-
-
-def sync_weights(policy: MegatronPolicy, job: Job, version: int) -> int:
-    """Bring every engine to the policy's weights. Collective. Returns the bytes handed to this rank's engine."""
-    handed_over = 0
-    if job.engine is not None:
-        job.engine.pause()
-        job.engine.begin_update(version)
-    for bucket in policy.export(policy.weights.plan([[head] for head in job.heads])):
-        if job.engine is not None:
-            job.engine.update(bucket)
-            handed_over += 0 if bucket.bucket is None else bucket.bucket.nbytes
-    if job.engine is not None:
-        job.engine.end_update()
-        job.engine.resume()
-    return handed_over
+    with contextlib.ExitStack() as stack:
+        engine: RolloutEngine | None = None
+        if config.rollout.engine == "sglang":
+            engine = stack.enter_context(open_sglang(config, groups))
+        elif groups.is_head:
+            engine = EmbeddedEngine(
+                config.model.path,
+                dtype=DTYPES[config.model.dtype],
+                device=current_device(),
+                batch_size=config.rollout.batch_size,
+            )
+        scorer = stack.enter_context(Scorer(task, config.task, tokenizer)) if groups.is_head else None
+        yield Job(config, groups, tokenizer, task, scorer, engine, current_device())

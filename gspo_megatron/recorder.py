@@ -16,6 +16,7 @@ from gspo_megatron.metrics import MetricsWriter
 from gspo_megatron.policy.policy import StepResult
 from gspo_megatron.progress import Progress
 from gspo_megatron.types import Rollout, StepBatch
+from gspo_megatron.weight_sync import SyncReport
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class BatchOutcome:
     experience: Experience
     mini_batches: list[StepBatch]
     results: list[StepResult]
-    engine_bytes: int  # handed to this rank's engine
+    sync: SyncReport  # of the weights after it
     times: dict[str, float]  # seconds, by metric name
 
 
@@ -69,7 +70,7 @@ class Recorder:
                     sum(m.num_padding_tokens for m in micro_batches),
                     sum(m.num_tokens for m in micro_batches) * self.job.groups.layout.context,
                 ),
-                engine_bytes=outcome.engine_bytes,
+                engine_bytes=outcome.sync.num_bytes,
             )
         )
         samples = self.job.gather(self._samples(outcome))
@@ -81,6 +82,8 @@ class Recorder:
         row["rollout_tokens_per_s"] = tokens / outcome.times["time_rollout_s"]
         row["grad_norm"] = sum(r.grad_norm for r in outcome.results) / len(outcome.results)
         row["learning_rate"] = outcome.results[-1].learning_rate
+        if outcome.sync.probe_max_abs is not None:
+            row["sync_probe_max_abs"] = outcome.sync.probe_max_abs
         row |= step_metrics.router_losses([r.router_losses for r in outcome.results])
         self._report_failures(step, records)
         self.write(step, row, evaluation)

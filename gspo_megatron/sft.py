@@ -13,13 +13,14 @@ from gspo_megatron import ops
 from gspo_megatron.config import SftConfig
 from gspo_megatron.data.exchange import distribute
 from gspo_megatron.evaluate import EvalResult, evaluate
-from gspo_megatron.job import Job, open_job, sync_weights
+from gspo_megatron.job import Job, open_job
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.policy.step import LossFunction
 from gspo_megatron.preflight import check_answer
 from gspo_megatron.recorder import Recorder
 from gspo_megatron.step_metrics import router_losses
 from gspo_megatron.types import MicroBatch, Sequence, StepBatch
+from gspo_megatron.weight_sync import sync_weights
 
 
 def run(config: SftConfig) -> None:
@@ -119,4 +120,4 @@ def _evaluate_if_due(job: Job, policy: MegatronPolicy, step: int) -> EvalResult 
     if step != config.sft.steps and not (every and step % every == 0):
         return None
     sync_weights(policy, job, version=step)
-    return evaluate(job)
+    return evaluate(job, restore=lambda: sync_weights(policy, job, version=step))

@@ -12,13 +12,14 @@ from gspo_megatron.config import TrainConfig
 from gspo_megatron.data.exchange import distribute
 from gspo_megatron.evaluate import evaluate
 from gspo_megatron.experience import collect
-from gspo_megatron.job import Job, open_job, sync_weights
+from gspo_megatron.job import Job, open_job
 from gspo_megatron.policy.policy import MegatronPolicy, StepResult
 from gspo_megatron.policy.step import LossFunction
 from gspo_megatron.profiling import profiled
 from gspo_megatron.recorder import BatchOutcome, Recorder
 from gspo_megatron.step_metrics import observed_loss
 from gspo_megatron.types import Sequence, StepBatch
+from gspo_megatron.weight_sync import SyncReport, sync_weights
 
 
 class Trainer:
@@ -48,12 +49,12 @@ class Trainer:
         total, every = self.config.train.rollout_batches, self.config.eval.every
         self.sync()
         with Recorder(self.job, "train", total).open() as recorder:
-            recorder.write(0, {"policy_version": 0}, evaluate(self.job))
+            recorder.write(0, {"policy_version": 0}, evaluate(self.job, self.resync))
             for batch in range(1, total + 1):
                 with self.recorded(batch):
                     outcome = self.step(batch)
                 due = batch == total or (every > 0 and batch % every == 0)
-                recorder.batch(batch, outcome, evaluate(self.job) if due else None)
+                recorder.batch(batch, outcome, evaluate(self.job, self.resync) if due else None)
         self.policy.save_hf(Path(self.config.run.folder) / "final")
 
     def step(self, batch: int) -> BatchOutcome:
@@ -61,12 +62,14 @@ class Trainer:
         generated_by = self.version
         with self.timed("time_step_s"):
             with self.timed("time_rollout_s"):
-                experience = collect(self.job, self.algorithm, batch=batch, first_prompt=self.next_prompt)
+                experience = collect(
+                    self.job, self.algorithm, batch=batch, first_prompt=self.next_prompt, restore=self.resync
+                )
             mini_batches, results = self.learn(experience.sequences)
             with self.timed("time_reshard_s"):
-                engine_bytes = self.sync()
+                sync = self.sync()
         self.next_prompt = experience.next_prompt
-        return BatchOutcome(generated_by, experience, mini_batches, results, engine_bytes, dict(self.times))
+        return BatchOutcome(generated_by, experience, mini_batches, results, sync, dict(self.times))
 
     def learn(self, sequences: list[Sequence]) -> tuple[list[StepBatch], list[StepResult]]:
         """Pack the replica's sequences once, recompute their log-probabilities, one optimizer step a mini-batch."""
@@ -95,9 +98,13 @@ class Trainer:
             cp_group=self.job.groups.sequence_group,
         )
 
-    def sync(self) -> int:
-        """Hand the policy's weights to the engines as a new version. Returns the bytes handed to this rank's engine."""
+    def sync(self) -> SyncReport:
+        """Hand the policy's weights to the engines as a new version."""
         self.version += 1
+        return self.resync()
+
+    def resync(self) -> SyncReport:
+        """Hand the present version's weights over again, to engines that were lost."""
         return sync_weights(self.policy, self.job, self.version)
 
     def recorded(self, batch: int) -> AbstractContextManager[None]:

@@ -19,6 +19,7 @@ from gspo_megatron.preflight.describe import (
     describe_replicas,
     every,
 )
+from gspo_megatron.preflight.engine import check_engine
 from gspo_megatron.preflight.inputs import check_answer, check_inputs
 from gspo_megatron.preflight.model import check_kernels, check_layout, check_memory, check_weights, read_model
 from gspo_megatron.preflight.result import Preflight, Problems, divisors, one_of
@@ -110,6 +111,7 @@ def _check_common(config: TrainConfig | SftConfig, problems: Problems, *, folder
                 check_weights(config.model.path, family, fields)
         check_layout(config, fields, problems)
         check_kernels(config, fields, problems)
+        check_engine(config, problems)
         _check_lengths(config, fields, problems)
     problems.require(
         config.eval.prompts >= config.parallel.data,

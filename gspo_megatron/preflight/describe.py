@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gspo_megatron.config import AlgorithmConfig, SftConfig, TrainConfig
+from gspo_megatron.preflight.engine import describe_engine
 
 if TYPE_CHECKING:
     from gspo_megatron.weights.families import ModelFields
-
-ENGINE_LABELS = {"embedded": "embedded, not SGLang"}
 
 
 def describe_common(config: TrainConfig | SftConfig, fields: ModelFields) -> list[tuple[str, str]]:
@@ -24,7 +23,7 @@ def describe_common(config: TrainConfig | SftConfig, fields: ModelFields) -> lis
             f"{start}, {config.model.dtype}",
         ),
         ("layout", config.parallel.layout().describe()),
-        ("engine", ENGINE_LABELS[config.rollout.engine]),
+        ("engine", describe_engine(config)),
         ("task", " ".join(filter(None, (config.task.name, config.task.dataset)))),
     ]
 

@@ -518,6 +518,7 @@ def recorded_row(layout: dict[str, int], folder: str, tokenizer: str, run_folder
     from gspo_megatron.tokenizer import Tokenizer
     from gspo_megatron.trainer import Trainer
     from gspo_megatron.types import Group, Prompt, Rollout, ScoreReport
+    from gspo_megatron.weight_sync import SyncReport
 
     groups = join(layout)
     config = TrainConfig(
@@ -554,6 +555,6 @@ def recorded_row(layout: dict[str, int], folder: str, tokenizer: str, run_folder
         next_prompt=0,
     )
     batches, results = trainer.learn(mine)
-    outcome = BatchOutcome(0, experience, batches, results, 0, {"time_rollout_s": 1.0, **trainer.times})
+    outcome = BatchOutcome(0, experience, batches, results, SyncReport(0), {"time_rollout_s": 1.0, **trainer.times})
     with Recorder(job, "test", 1).open() as recorder:
         recorder.batch(1, outcome, None)

@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.rollout.embedded.decoding import decode
-from gspo_megatron.rollout.engine import SamplingParams
+from gspo_megatron.rollout.engine import Export, SamplingParams
 from gspo_megatron.types import Group, NamedTensor, Prompt, Rollout
 
 EXPERT = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
@@ -70,13 +70,20 @@ class EmbeddedEngine:
             target.copy_(item.tensor)
             self._elements_missing[name] -= target.numel()
 
-    def end_update(self) -> None:
-        """Check that every element was received once."""
+    def end_update(self, export: Export | None = None) -> bool:
+        """Check that every element was received once; always True."""
         assert self._elements_missing is not None
         wrong = sorted(name for name, missing in self._elements_missing.items() if missing != 0)
         assert not wrong, f"the update did not cover each parameter exactly once: {wrong}"
         self._elements_missing = None
         self._version = self._next_version
+        return True
+
+    def rest(self) -> None:
+        """The model stays where it is."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def _target(self, hf_name: str) -> tuple[str, Tensor]:
         """The parameter, or the part of one, that a checkpoint's tensor names: transformers 5 holds the

@@ -1,0 +1,75 @@
+"""Whether the rollout engine can be had: SGLang installed, its ports free, named servers there."""
+
+from __future__ import annotations
+
+from gspo_megatron.config import SftConfig, TrainConfig
+from gspo_megatron.errors import UserError
+from gspo_megatron.preflight.result import Problems
+
+
+def describe_engine(config: TrainConfig | SftConfig) -> str:
+    """The engine in words."""
+    sglang = config.sglang
+    if config.rollout.engine == "embedded":
+        return "embedded, not SGLang"
+    if sglang.server_addresses:
+        where = " and ".join(sglang.server_addresses)
+    else:
+        count = f"{sglang.servers} server{'s' if sglang.servers > 1 else ''}"
+        where = f"{count} of TP{sglang.tensor} started on this machine"
+    return f"SGLang, {where}; weights over {sglang.transport}, checksums {sglang.check}"
+
+
+def check_engine(config: TrainConfig | SftConfig, problems: Problems) -> None:
+    """What would keep the servers from starting or answering. Starts none; asks those that were named."""
+    if config.rollout.engine != "sglang":
+        return
+    with problems.collect():
+        if config.sglang.server_addresses:
+            _ask_servers(config)
+        else:
+            _check_start(config)
+
+
+def _check_start(config: TrainConfig | SftConfig) -> None:
+    import torch
+
+    from gspo_megatron.rollout.sglang.api_key import find_api_key
+    from gspo_megatron.rollout.sglang.command import check_servers
+    from gspo_megatron.rollout.sglang.server import check_port
+
+    sglang = config.sglang
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    check_servers(
+        sglang,
+        model_folder=config.model.path,
+        gpus=gpus,
+        first_gpu=first_gpu(config, ranks=config.parallel.layout().world_size),
+    )
+    find_api_key(sglang)
+    for i in range(sglang.servers if sglang.port else 0):
+        check_port(sglang.host, sglang.port + i)
+
+
+def first_gpu(config: TrainConfig | SftConfig, *, ranks: int) -> int:
+    """The servers take this machine's GPUs behind those of its training ranks, unless they share them."""
+    return 0 if config.sglang.colocate else ranks
+
+
+def _ask_servers(config: TrainConfig | SftConfig) -> None:
+    from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError
+    from gspo_megatron.rollout.sglang.api_key import find_api_key
+    from gspo_megatron.rollout.sglang.pool import ServerPool
+
+    key = find_api_key(config.sglang)
+    pool = ServerPool([ServerAddress(url, key) for url in config.sglang.server_addresses], config.sglang)
+    try:
+        answers = pool.on_all(lambda client: client.model_info())
+    finally:
+        pool.close()
+    failed = [str(a) for a in answers if isinstance(a, ServerError)]
+    if failed:
+        remedy = "start it with `serve`, or correct sglang.addresses"
+        if any("401" in reason for reason in failed):
+            remedy = "give its key by sglang.api_key_file or the environment variable GSPO_SGLANG_API_KEY"
+        raise UserError(f"{'; '.join(failed)}; {remedy}")

@@ -1,0 +1,381 @@
+"""The rollout engine over SGLang servers: one object on every rank, which together speak to all servers.
+
+Heads generate. Weights come from every rank that the reshard plan makes a sender; rank 0 makes the control calls. Every
+verb but `generate` is collective, and ends on all ranks alike: what went wrong on one is known to all.
+
+An update is pause, flush, begin, buckets, version, end, check, continue. Until all of it has succeeded the servers stay
+paused, so that none ever generates with weights of two versions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from gspo_megatron.config import SGLangConfig
+from gspo_megatron.errors import UserError
+from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.rollout.engine import Export, Feeding, SamplingParams
+from gspo_megatron.rollout.sglang.address import ServerError, ServerRefused
+from gspo_megatron.rollout.sglang.client import ServerClient
+from gspo_megatron.rollout.sglang.manager import ServerManager
+from gspo_megatron.rollout.sglang.pool import ServerPool
+from gspo_megatron.rollout.sglang.served_model import ServedModel, ServerChecksums
+from gspo_megatron.rollout.sglang.transports.base import Feed, Transport, TurnLost, Turns
+from gspo_megatron.types import Group, Prompt
+from gspo_megatron.weights.gather import FlatBucket, GatheredBucket
+from gspo_megatron.weights.reshard import ReshardPlan
+from gspo_megatron.weights.server_layout import ServerParameter, plan_check
+
+logger = logging.getLogger(__name__)
+
+CHECK_EVERY = 8  # with sglang.check = "sampled" each update checks one layer in so many, another one each time
+T = TypeVar("T")
+
+
+class SGLangEngine:
+    """RolloutEngine over servers."""
+
+    def __init__(
+        self,
+        config: SGLangConfig,
+        groups: ProcessGroups,
+        pool: ServerPool,
+        served: Sequence[ServedModel],
+        feeds: Sequence[Feed],
+        transport: Transport,
+        turns: Turns,
+        parameters: Sequence[ServerParameter],
+        *,
+        num_experts: int | None,
+        manager: ServerManager | None,
+    ) -> None:
+        """`manager` at rank 0, of servers that it may restart; `parameters` of the served model."""
+        self.config, self.groups, self.pool = config, groups, pool
+        self.served = {s.address: s for s in served}
+        self.feeds, self.transport, self.turns = list(feeds), transport, turns
+        self.parameters, self.num_experts, self.manager = list(parameters), num_experts, manager
+        [dtype] = {s.dtype for s in served}
+        self.feeding = Feeding([list(f.ranks) for f in feeds], dtype, config.bucket_mb * 2**20)
+        self._version, self._next_version = -1, -1
+        self._epoch = 0  # of attempts to update, alike on all ranks
+        self._attempts = 0  # at the present update
+        self._errors: list[Exception] = []  # this rank's, of the present attempt
+        self._failures: list[str] = []  # all ranks', of the present attempt
+        self._plan: ReshardPlan | None = None
+        self._sending: Future[None] | None = None
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._check_plans: dict[tuple[object, ...], ReshardPlan] = {}
+        self._released = False
+
+    @property
+    def name(self) -> str:
+        """For logs and metrics."""
+        some = next(iter(self.served.values()))
+        count = len(self.served)
+        return f"sglang {some.sglang_version}, {count} server{'s' if count > 1 else ''} of TP{some.layout.tensor}"
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that all servers hold; -1 before the first update."""
+        return self._version
+
+    @property
+    def _is_driver(self) -> bool:
+        return self.groups.rank == 0
+
+    # -- generation ---------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Group | None]:
+        """Responses to each prompt; None where no server could give them. Not collective: each head has its own."""
+        assert self._version >= 0, "generate before the first complete update"
+        generated = self.pool.generate(
+            prompts, params, version=self._version, routed_experts=self.config.routed_experts
+        )
+        for error in generated.errors:
+            logger.warning("%s", error)
+        return generated.groups
+
+    def probe(
+        self, prompts: Sequence[Prompt], params: SamplingParams, servers: Sequence[int]
+    ) -> list[list[Group | None]]:
+        """Responses of each of these servers by itself. Not collective."""
+        addresses = list(self.served)
+        return [self.pool.generate(prompts, params, version=self._version, only=addresses[i]).groups for i in servers]
+
+    def rest(self) -> None:
+        """Give the servers' device memory to the trainer, with sglang.colocate."""
+        if not self.config.colocate or self._released:
+            return
+        self._start_attempt()
+        self._drive(lambda c: c.pause("abort"), lambda c: c.flush_cache(), lambda c: c.release_memory(_MEMORY))
+        self._agree()
+        self._released = True
+        self._stop_if_failed("release the servers' memory")
+
+    # -- the verbs of an update ---------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Stop all servers and empty their caches. Those that are lost are started again, or left out."""
+        self._start_attempt()
+        if self._is_driver:
+            self._guard(self._replace_lost)
+        self._share_addresses()
+        self._drive(lambda c: c.pause("abort"), lambda c: c.flush_cache())
+        if self._released:
+            self._drive(lambda c: c.resume_memory(_MEMORY[:1]))
+        self._agree()
+
+    def begin_update(self, version: int) -> None:
+        """Open the update at the servers."""
+        self._attempts = self._attempts + 1 if version == self._next_version else 1
+        self._next_version, self._plan = version, None
+        if self.transport.needs_session:
+            self._drive(lambda c: c.begin_update())
+        self._agree()
+
+    def update(self, bucket: GatheredBucket) -> None:
+        """Send a bucket, if it is this rank's. Returns while it is on its way; the one before it has arrived."""
+        if self._plan is None:
+            self._plan = bucket.plan
+            self._open_transport(bucket.plan)
+        if bucket.bucket is None:
+            return
+        key = f"{self._epoch}/{bucket.bucket.feed}/{bucket.number}"
+        self._wait_sent()
+        if self._errors or self._failures:
+            self.turns.end(key, failed=True)
+            return
+        # Gathered by now; put together only after the bucket before it has left, see ReshardPlan.peak_bytes.
+        self._sending = self._sender.submit(self._send_in_turn, bucket.assemble(), bucket, key)
+
+    def end_update(self, export: Export) -> bool:
+        """Name the new weights and prove them. False: something failed, and the update must be made once more.
+
+        `export` gathers the weights that are checked.
+
+        Raises:
+            RuntimeError: the update failed too often.
+            UserError: a server's model is another one.
+        """
+        self._wait_sent()
+        self._agree()
+        if self._is_driver and not self._failures:
+            assert self._plan is not None
+            self._guard(self.transport.finish, self._plan)
+        self._drive(lambda c: c.set_version(self._next_version))
+        if self.transport.needs_session:
+            self._drive(lambda c: c.end_update())
+        self._agree()
+        if not self._failures:
+            self._check(export)
+            self._agree()
+        if not self._failures:
+            return True
+        self._recover()
+        return False
+
+    def resume(self) -> None:
+        """Let the servers generate with the new weights."""
+        if self._released:
+            self._drive(lambda c: c.resume_memory(_MEMORY[1:]))
+        self._drive(lambda c: c.resume())
+        self._agree()
+        self._stop_if_failed("let the servers go on")
+        self._released = False
+        self._version = self._next_version
+        for address in self.served:
+            self.pool.mark_back(address)
+
+    def close(self) -> None:
+        """End what this rank has open. The servers are the manager's."""
+        self._sender.shutdown(wait=False, cancel_futures=True)
+        self._guard(self.transport.close)
+        self.pool.close()
+
+    # -- sending ------------------------------------------------------------------------------------------------------
+
+    def _open_transport(self, plan: ReshardPlan) -> None:
+        """Every sender in turn: a server joins one group at a time."""
+        senders = [(number, rank) for number in range(len(self.feeds)) for rank in plan.senders(number)]
+        mine = next((f for f in self.feeds if self.groups.rank in f.ranks), None)
+        if not any(rank == self.groups.rank for _, rank in senders):
+            self._guard(lambda: self.transport.begin(self._next_version, mine, sends=False))
+            return
+        place = next(i for i, (_, rank) in enumerate(senders) if rank == self.groups.rank)
+        key = f"{self._epoch}/join/{place}"
+        try:
+            if self._failures:
+                raise TurnLost
+            if place > 0:
+                self.turns.wait(f"{self._epoch}/join/{place - 1}")
+            self.transport.begin(self._next_version, mine, sends=True)
+            self.turns.end(key)
+            self.turns.wait(f"{self._epoch}/join/{len(senders) - 1}")
+        except TurnLost:
+            self.turns.end(key, failed=True)
+            self._failures = self._failures or ["another rank could not join the servers"]
+        except (ServerError, RuntimeError, OSError, TimeoutError) as error:
+            self.turns.end(key, failed=True)
+            self._errors.append(error)
+
+    def _send_in_turn(self, flat: FlatBucket, bucket: GatheredBucket, key: str) -> None:
+        """In the sender's thread."""
+        assert bucket.bucket is not None
+        feed, number = bucket.bucket.feed, bucket.number
+        try:
+            if number > 0:
+                before = next(b for b in bucket.plan.steps[number - 1].buckets if b.feed == feed)
+                if before.sender != self.groups.rank:
+                    self.turns.wait(f"{self._epoch}/{feed}/{number - 1}")
+            self.transport.send(flat)
+        except BaseException:
+            self.turns.end(key, failed=True)
+            raise
+        self.turns.end(key)
+
+    def _wait_sent(self) -> None:
+        """Until the bucket that is on its way has arrived."""
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            self._guard(sending.result)
+
+    # -- proof --------------------------------------------------------------------------------------------------------
+
+    def _check(self, export: Export) -> None:
+        """Compare checksums of the servers' parameters with those that the trainer's weights must have there."""
+        chosen, skipped = self._chosen_parameters()
+        if not chosen:
+            return
+        assert self._plan is not None
+        key = (self._plan.dtype, *(p.name for p in chosen))
+        if key not in self._check_plans:
+            self._check_plans[key] = plan_check(self._plan, chosen)
+        served = list(self.served.values())
+        sums = ServerChecksums(chosen, served, self.num_experts)
+        for bucket in export(self._check_plans[key]):
+            sums.add(bucket)
+        parts: list[Any] = [None] * self.groups.layout.world_size
+        dist.all_gather_object(parts, sums.digests(), group=self.groups.world)
+        if not self._is_driver:
+            return
+        expected = {key: digest for part in parts for key, digest in part.items()}
+        for server, answer in zip(served, self._on_all(lambda c: c.checksums(skipped)), strict=True):
+            if isinstance(answer, ServerError):
+                self._errors.append(answer)
+                continue
+            wrong = sums.differing(expected, server, answer)
+            if wrong:
+                said = f"{len(wrong)} of {len(chosen)} parameters are not the trainer's: {', '.join(wrong[:4])}"
+                remedy = "if its kernels keep weights in another form, set sglang.check to off"
+                self._errors.append(ServerRefused(server.address, "checksums", f"{said}; {remedy}"))
+
+    def _chosen_parameters(self) -> tuple[list[ServerParameter], list[str]]:
+        """What is checked after this update, and parts of names that only other parameters have."""
+        if self.config.check == "off":
+            return [], []
+        layers = sorted({int(p.name.split(".")[2]) for p in self.parameters if p.name.startswith("model.layers.")})
+        # The first update is checked whole: a wrong mapping shows there.
+        if self.config.check == "full" or self._version < 0:
+            return self.parameters, []
+        every = min(CHECK_EVERY, len(layers))
+        skipped = [f"model.layers.{i}." for i in layers if i % every != self._next_version % every]
+        return [p for p in self.parameters if not p.name.startswith(tuple(skipped))], skipped
+
+    # -- failures -----------------------------------------------------------------------------------------------------
+
+    def _start_attempt(self) -> None:
+        self._epoch += 1
+        self._errors, self._failures = [], []
+
+    def _guard(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Run a step of this rank; what the outside world does to it is kept for `_agree`."""
+        try:
+            call(*arguments)
+        except TurnLost:
+            pass  # the sender that failed says why
+        except UserError:
+            raise
+        except (ServerError, RuntimeError, OSError, TimeoutError) as error:
+            self._errors.append(error)
+
+    def _drive(self, *calls: Callable[[ServerClient], Awaitable[Any]]) -> None:
+        """Rank 0: make the calls on all servers, one after the other, unless something failed before."""
+        for call in calls:
+            if self._is_driver and not self._errors and not self._failures:
+                self._errors += [r for r in self._on_all(call) if isinstance(r, ServerError)]
+
+    def _on_all(self, call: Callable[[ServerClient], Awaitable[T]]) -> list[T | ServerError]:
+        return self.pool.on_all(call)
+
+    def _agree(self) -> None:
+        """Make every rank know what went wrong on any."""
+        parts: list[Any] = [None] * self.groups.layout.world_size
+        mine = [(isinstance(e, ServerRefused), str(e) or type(e).__name__) for e in self._errors]
+        dist.all_gather_object(parts, mine, group=self.groups.world)
+        said = [entry for part in parts for entry in part]
+        if said:
+            self._failures = list(dict.fromkeys(text for _, text in said))
+            self._refused = all(refused for refused, _ in said)
+        elif self._failures:
+            self._failures = ["a sender gave up"]
+
+    def _stop_if_failed(self, what: str) -> None:
+        if self._failures:
+            raise RuntimeError(f"could not {what}: {'; '.join(self._failures)}")
+
+    def _recover(self) -> None:
+        """After a failed attempt: say so, forget what is half done, or give up."""
+        reasons = "; ".join(self._failures)
+        update = f"weight update {self._next_version}"
+        if self._refused and self._version < 0 and "partially updated" in reasons:
+            raise UserError(
+                f"{reasons}; the server's model has other shapes than model.path: start it with the same one"
+            )
+        if self._attempts > self.config.retries:
+            raise RuntimeError(
+                f"{update} failed {self._attempts} times; the servers stay paused and hold no usable weights: {reasons}"
+            )
+        if self._is_driver:
+            logger.warning("%s failed and is tried again: %s", update, reasons)
+        self._guard(self.transport.reset)
+        if self._is_driver and self.transport.needs_session:
+            self._on_all(lambda c: c.end_update())  # an open one would refuse the next; none may be open
+        dist.barrier(group=self.groups.world)
+
+    def _replace_lost(self) -> None:
+        """Rank 0: servers that don't answer are started again; of others' servers the rest goes on."""
+        answers = self._on_all(lambda c: c.server_info())
+        lost = [c.address for c, a in zip(self.pool.clients, answers, strict=True) if isinstance(a, ServerError)]
+        if not lost:
+            return
+        if self.manager is not None:
+            for index, address in enumerate(self.served):
+                if address in lost:
+                    logger.warning("SGLang server %s is lost; it is started again", address.url)
+                    self.manager.restart(index)
+            return
+        left = [address for address in self.served if address not in lost]
+        reasons = "; ".join(str(a) for a in answers if isinstance(a, ServerError))
+        if not left:
+            raise RuntimeError(f"no server is left: {reasons}")
+        logger.warning("going on with %d of %d servers: %s", len(left), len(self.served), reasons)
+        self.pool.set_addresses(left)
+
+    def _share_addresses(self) -> None:
+        """All ranks speak to the servers that rank 0 does."""
+        shared: list[Any] = [[c.address for c in self.pool.clients] if self._is_driver else None]
+        dist.broadcast_object_list(shared, src=0, group=self.groups.world)
+        addresses = shared[0]
+        if addresses != list(self.served):
+            self.served = {a: self.served[a] for a in addresses}
+            self.feeds = [Feed(f.ranks, tuple(a for a in f.servers if a in addresses)) for f in self.feeds]
+            if not self._is_driver:
+                self.pool.set_addresses(addresses)
+
+
+_MEMORY = ("weights", "kv_cache", "cuda_graph")

@@ -1,0 +1,1 @@
+"""How weights reach the servers, one file each."""

@@ -1,0 +1,84 @@
+"""Weights through a folder that trainer and servers can read: the fallback where nothing faster works.
+
+Senders write their buckets at the same time, as safetensors; rank 0 completes the folder, gives it its name and has all
+servers load it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import shutil
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from gspo_megatron.rollout.sglang.pool import ServerPool
+from gspo_megatron.rollout.sglang.transports.base import Feed
+from gspo_megatron.weights.gather import FlatBucket
+from gspo_megatron.weights.hf_checkpoint import COMPANIONS, INDEX
+from gspo_megatron.weights.reshard import ReshardPlan
+
+
+class DiskTransport:
+    """One safetensors file a bucket."""
+
+    needs_session = False  # the server opens one itself
+
+    def __init__(self, pool: ServerPool, *, rank: int, folder: Path, companions_from: Path, timeout_s: float) -> None:
+        """`companions_from` has the model's config and tokenizer."""
+        self.pool, self.rank, self.timeout_s = pool, rank, timeout_s
+        self.folder, self.companions_from = folder.absolute(), companions_from
+        self._version, self._attempt, self._written = -1, 0, 0
+
+    @property
+    def _partial(self) -> Path:
+        return self.folder / f"version_{self._version:08d}.{self._attempt}.partial"
+
+    def begin(self, version: int, feed: Feed | None, *, sends: bool) -> None:
+        self._attempt += 1  # what a failed attempt left, here or on its way to a file server, is not taken for this one
+        self._version, self._written = version, 0
+        self._partial.mkdir(parents=True, exist_ok=True)
+
+    def send(self, bucket: FlatBucket) -> None:
+        # Views of one buffer: safetensors wants each tensor's memory to be its own.
+        tensors = {item.name: item.tensor.detach().to("cpu", copy=True) for item in bucket.tensors}
+        save_file(
+            tensors, self._partial / f"model-{self.rank:05d}-{self._written:05d}.safetensors", metadata={"format": "pt"}
+        )
+        self._written += 1
+
+    def finish(self, plan: ReshardPlan) -> None:
+        weight_map: dict[str, str] = {}
+        for path in sorted(self._partial.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                weight_map |= dict.fromkeys(file.keys(), path.name)
+        missing = {name for spec in plan.specs for name in spec.hf} - weight_map.keys()
+        if missing:
+            raise RuntimeError(
+                f"{self._partial} lacks {len(missing)} tensors that other ranks wrote, {min(missing)} among them; "
+                "sglang.update_folder must be one folder for all ranks"
+            )
+        (self._partial / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        for name in COMPANIONS:
+            if (self.companions_from / name).is_file():
+                shutil.copy(self.companions_from / name, self._partial / name)
+        complete = self._partial.with_suffix("")  # without ".partial"
+        self._partial.rename(complete)
+        try:
+            requests = [
+                self.pool.loop.submit(client.update_from_disk(str(complete), self._version))
+                for client in self.pool.clients
+            ]
+            for future in concurrent.futures.as_completed(requests, timeout=self.timeout_s):
+                future.result()
+        finally:
+            shutil.rmtree(complete, ignore_errors=True)
+
+    def reset(self) -> None:
+        if self._version >= 0:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def close(self) -> None:
+        self.reset()

@@ -1,0 +1,174 @@
+"""Weights by broadcast in a process group of one sending rank and all ranks of all servers.
+
+Each sender has a group of its own, in which it is rank 0: SGLang receives from rank 0. Groups stay for the run and are
+made anew after a failure or when a server went away or came back.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Backend, BackendConfig, PrefixStore
+
+from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError
+from gspo_megatron.rollout.sglang.client import ServerClient
+from gspo_megatron.rollout.sglang.pool import ServerPool
+from gspo_megatron.rollout.sglang.transports.base import Feed
+from gspo_megatron.weights.gather import FlatBucket
+from gspo_megatron.weights.reshard import ReshardPlan
+
+_POLL_S = 0.0005
+_REFUSAL_S = 0.2  # a server that refuses to join says so at once; one that joins waits for the others
+_counter = itertools.count()
+
+
+class DistributedTransport:
+    """Over gloo for tensors in host memory, over NCCL for those on a GPU."""
+
+    needs_session = True
+
+    def __init__(
+        self,
+        pool: ServerPool,
+        *,
+        device: torch.device,
+        timeout_s: float,
+        ranks_of: dict[ServerAddress, int],
+        master_address: str = "",
+    ) -> None:
+        """`ranks_of`: how many ranks each server has."""
+        self.pool, self.timeout_s, self.ranks_of, self.master_address = pool, timeout_s, ranks_of, master_address
+        self.backend = "nccl" if device.type == "cuda" else "gloo"
+        self._group: _Group | None = None
+        self._abandoned: list[Any] = []  # destroying a group with an operation in flight would wait for it
+
+    def begin(self, version: int, feed: Feed | None, *, sends: bool) -> None:
+        if not sends or feed is None:
+            return
+        if self._group is not None and self._group.servers != feed.servers:
+            self.reset()
+        if self._group is None:
+            self._group = self._join(feed.servers)
+
+    def _join(self, servers: Sequence[ServerAddress]) -> _Group:
+        """Open a group and have the servers' ranks join it."""
+        timeout = timedelta(seconds=self.timeout_s)
+        name = f"gspo-{os.getpid()}-{socket.gethostname()}-{next(_counter)}-{time.time_ns()}"
+        world_size = 1 + sum(self.ranks_of[s] for s in servers)
+        store = dist.TCPStore(
+            "0.0.0.0", 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True
+        )
+        address = self.master_address or local_address(servers)
+        offsets = itertools.accumulate((self.ranks_of[s] for s in servers), initial=1)
+        offset_of = dict(zip(servers, offsets, strict=False))
+
+        async def join(client: ServerClient) -> None:
+            offset = offset_of[client.address]
+            await client.init_group(address, store.port, offset, world_size, name, self.backend)
+
+        joining = self._call(servers, join)
+        concurrent.futures.wait(joining, timeout=_REFUSAL_S, return_when=concurrent.futures.FIRST_EXCEPTION)
+        _raise_failed(joining)
+        # As sglang's init_custom_process_group builds it; built here so that it depends neither on the default group
+        # nor on its device.
+        prefixed = PrefixStore(f"{name}/", PrefixStore(name, store))
+        device = next(iter(BackendConfig(Backend(self.backend)).get_device_backend_map()))
+        backend = self._backend(PrefixStore(f"{device}/", prefixed), world_size, name)
+        for future in joining:
+            future.result(self.timeout_s)
+        return _Group(name, tuple(servers), store, backend)
+
+    def _backend(self, store: dist.Store, world_size: int, name: str) -> Any:
+        timeout = timedelta(seconds=self.timeout_s)
+        if self.backend == "gloo":
+            return dist.ProcessGroupGloo(store, 0, world_size, timeout=timeout)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        options.global_ranks_in_group = []
+        options.group_name = name  # type: ignore[assignment]
+        return dist.ProcessGroupNCCL(store, 0, world_size, options)
+
+    def send(self, bucket: FlatBucket) -> None:
+        assert self._group is not None, "send before begin"
+        group = self._group
+        names = [item.name for item in bucket.tensors]
+        dtypes = [str(item.tensor.dtype).removeprefix("torch.") for item in bucket.tensors]
+        shapes = [list(item.tensor.shape) for item in bucket.tensors]
+        requests = self._call(
+            group.servers, lambda client: client.update_from_distributed(names, dtypes, shapes, group.name)
+        )
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        work = group.backend.broadcast([bucket.flat], options)
+        deadline = time.monotonic() + self.timeout_s
+        # A server that refuses never joins the broadcast: look at the answers while it runs.
+        while not work.is_completed():
+            _raise_failed(requests)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"a broadcast to the servers did not end within {self.timeout_s:g} s")
+            time.sleep(_POLL_S)
+        work.wait()
+        for future in requests:
+            future.result(self.timeout_s)
+
+    def finish(self, plan: ReshardPlan) -> None:
+        """Nothing is left to do: each bucket is loaded when its request is answered."""
+
+    def reset(self) -> None:
+        if self._group is None:
+            return
+        group, self._group = self._group, None
+        self._abandoned.append(group)
+        for future in self._call(group.servers, lambda client: client.destroy_group(group.name)):
+            try:
+                future.result(self.timeout_s)
+            except (ServerError, TimeoutError):
+                pass  # it is gone, or never joined
+
+    def close(self) -> None:
+        self.reset()
+
+    def _call(self, servers: Sequence[ServerAddress], call: Any) -> list[concurrent.futures.Future[None]]:
+        clients = [client for client in self.pool.clients if client.address in servers]
+        assert len(clients) == len(servers), "a server of the group is not in the pool"
+        return [self.pool.loop.submit(call(client)) for client in clients]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A process group with servers."""
+
+    name: str
+    servers: tuple[ServerAddress, ...]
+    store: dist.Store  # lives as long as the group
+    backend: Any
+
+
+def _raise_failed(futures: Sequence[concurrent.futures.Future[None]]) -> None:
+    for future in futures:
+        if future.done():
+            future.result()
+
+
+def local_address(servers: Sequence[ServerAddress]) -> str:
+    """This machine's address as the servers see it: of the interface that the way to them takes."""
+    found = []
+    for server in servers:
+        parts = urlsplit(server.url)
+        info = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(info[0], socket.SOCK_DGRAM) as probe:  # sends nothing
+            probe.connect(info[4])
+            found.append(str(probe.getsockname()[0]))
+    elsewhere = [address for address in found if not address.startswith("127.") and address != "::1"]
+    return (elsewhere or found)[0]

@@ -1,0 +1,76 @@
+"""What tests against real SGLang servers share: the environment they run in, and tiny models to serve."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+ROOT = Path(__file__).parents[2]
+VOCAB = 512
+PAD, EOS = 0, 1
+SETUP_LIMIT_S = 1200.0
+
+
+@functools.cache
+def sglang_python() -> Path:
+    """The Python of .venv-sglang, which is made first where it is missing or old: one to two minutes.
+
+    Raises AssertionError, with what the script said, if it can't be made: a missing server is no reason to skip.
+    """
+    done = subprocess.run(
+        [ROOT / "tools" / "setup_sglang.sh"], cwd=ROOT, capture_output=True, text=True, timeout=SETUP_LIMIT_S
+    )
+    assert done.returncode == 0, f"tools/setup_sglang.sh ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    return ROOT / ".venv-sglang" / "bin" / "python"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, after <pad>, <eos> and <unk>."""
+    vocabulary = {"<pad>": PAD, "<eos>": EOS, "<unk>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def write_model(folder: Path, kind: str = "moe", seed: int = 0) -> Path:
+    """Save a tiny Qwen3-MoE (`moe`) or Qwen3 (`dense`) with a tokenizer, in float32; returns its folder.
+
+    Weights are large enough that experts and attention matter. 4 heads, 2 key-value heads, 8 experts: up to TP 2.
+    """
+    common = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+        "initializer_range": 0.2,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "bos_token_id": None,
+    }
+    torch.manual_seed(seed)
+    if kind == "moe":
+        experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts))
+    else:
+        assert kind == "dense", kind
+        model = Qwen3ForCausalLM(Qwen3Config(**common))
+    model.float().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
