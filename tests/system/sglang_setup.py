@@ -43,16 +43,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def write_model(folder: Path, kind: str = "moe", seed: int = 0) -> Path:
+def write_model(folder: Path, kind: str = "moe", seed: int = 0, layers: int = 3) -> Path:
     """Save a tiny Qwen3-MoE (`moe`) or Qwen3 (`dense`) with a tokenizer, in float32; returns its folder.
 
-    Weights are large enough that experts and attention matter. 4 heads, 2 key-value heads, 8 experts: up to TP 2.
+    Weights are large enough that experts and attention matter. 4 heads, 2 key-value heads, 8 experts: up to TP 2. At
+    TP 2 each rank of a server on a CPU, which pads its share of an MLP to a multiple of 32, has a part of every expert.
     """
     common = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
@@ -66,11 +67,15 @@ def write_model(folder: Path, kind: str = "moe", seed: int = 0) -> Path:
     }
     torch.manual_seed(seed)
     if kind == "moe":
-        experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+        experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts))
     else:
         assert kind == "dense", kind
         model = Qwen3ForCausalLM(Qwen3Config(**common))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # all ones by default, and so alike in every model
+                parameter.add_(0.2 * torch.randn(parameter.shape))
     model.float().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

@@ -156,7 +156,13 @@ class ServerClient:
 
     async def update_from_disk(self, folder: str, version: int) -> None:
         """Load safetensors from a folder that the server can read, and name them."""
-        body = {"model_path": folder, "weight_version": str(version), "flush_cache": True, "abort_all_requests": False}
+        body = {
+            "model_path": folder,
+            "weight_version": str(version),
+            "load_format": "auto",  # a server that was started with random weights would make new ones
+            "flush_cache": True,
+            "abort_all_requests": False,
+        }
         await self._update("/update_weights_from_disk", body)
 
     async def checksums(self, skip: Sequence[str]) -> list[dict[str, Any]]:

@@ -78,7 +78,13 @@ CALLS: list[tuple[Callable[[ServerClient], Awaitable[Any]], str, Any]] = [
     (
         lambda c: c.update_from_disk("/weights", 3),
         "/update_weights_from_disk",
-        {"model_path": "/weights", "weight_version": "3", "flush_cache": True, "abort_all_requests": False},
+        {
+            "model_path": "/weights",
+            "weight_version": "3",
+            "load_format": "auto",
+            "flush_cache": True,
+            "abort_all_requests": False,
+        },
     ),
     (lambda c: c.release_memory(["weights"]), "/release_memory_occupation", {"tags": ["weights"]}),
     (lambda c: c.resume_memory(["kv_cache"]), "/resume_memory_occupation", {"tags": ["kv_cache"]}),

@@ -245,6 +245,23 @@ def test_a_server_with_other_weights_is_left_out(servers: Servers) -> None:
     assert "weights of version 3, not 4" in str(generated.errors[0])
 
 
+def test_a_server_that_got_the_weights_since_is_used_at_once(servers: Servers) -> None:
+    fake = servers.start(version="3")
+    pool = servers.pool(fake)
+    check(pool.generate(prompts(1), PARAMS, version=4), prompts(1), missing=1)
+    fake.version = "4"
+    asked = prompts(1)
+    check(pool.generate(asked, PARAMS, version=4), asked)
+    assert fake.bodies("/health_generate") == []  # it takes a second, and says nothing about weights
+
+
+def test_one_server_alone_can_be_asked(servers: Servers) -> None:
+    fakes = [servers.start() for _ in range(3)]
+    asked = prompts(4)
+    check(servers.pool(*fakes).generate(asked, PARAMS, version=0, only=fakes[1].address), asked)
+    assert [num_generated(fake) for fake in fakes] == [0, 4, 0]
+
+
 def test_only_servers_with_other_weights_are_none(servers: Servers) -> None:
     fake = servers.start(version="default")
     generated = servers.pool(fake).generate(prompts(2), PARAMS, version=0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from gspo_megatron.rollout.sglang.client import ServerClient
 from gspo_megatron.rollout.sglang.pool import ServerPool
 from gspo_megatron.rollout.sglang.transports.base import Feed
 from gspo_megatron.weights.gather import FlatBucket
@@ -67,14 +68,17 @@ class DiskTransport:
         complete = self._partial.with_suffix("")  # without ".partial"
         self._partial.rename(complete)
         try:
-            requests = [
-                self.pool.loop.submit(client.update_from_disk(str(complete), self._version))
-                for client in self.pool.clients
-            ]
+            requests = [self.pool.loop.submit(self._load(client, str(complete))) for client in self.pool.clients]
             for future in concurrent.futures.as_completed(requests, timeout=self.timeout_s):
                 future.result()
         finally:
             shutil.rmtree(complete, ignore_errors=True)
+
+    async def _load(self, client: ServerClient, folder: str) -> None:
+        await client.update_from_disk(folder, self._version)
+        # The answer is that of the server's first rank; others may still read. Checksums, even of nothing, are an
+        # exchange between all of them.
+        await client.checksums(skip=[""])
 
     def reset(self) -> None:
         if self._version >= 0:
@@ -82,3 +86,7 @@ class DiskTransport:
 
     def close(self) -> None:
         self.reset()
+        try:
+            self.folder.rmdir()
+        except OSError:
+            pass  # never made, or another's too
