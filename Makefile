@@ -18,7 +18,7 @@ setup-peers:  ## make .venv-peers, where TRL runs beside us in benchmarks
 setup-sglang:  ## make .venv-sglang, where SGLang servers run on this machine's CPU
 	@tools/setup_sglang.sh
 
-quickstart: setup  ## cold-start a small MoE and improve it with GSPO on this machine's CPU
+quickstart: setup $(if $(filter sglang,$(ENGINE)),setup-sglang)  ## cold-start a small MoE, improve it with GSPO on this CPU; ENGINE=sglang: SGLang rollouts
 	@examples/quickstart/run.sh
 
 test: setup  ## unit and distributed tests (CPU, gloo)

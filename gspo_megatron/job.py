@@ -86,7 +86,7 @@ def build_job(config: TrainConfig | SftConfig, groups: ProcessGroups) -> Iterato
     with contextlib.ExitStack() as stack:
         engine: RolloutEngine | None = None
         if config.rollout.engine == "sglang":
-            engine = stack.enter_context(open_sglang(config, groups))
+            engine = stack.enter_context(open_sglang(config, groups, stop_token_ids=tokenizer.stop_token_ids))
         elif groups.is_head:
             engine = EmbeddedEngine(
                 config.model.path,

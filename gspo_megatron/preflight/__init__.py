@@ -19,7 +19,7 @@ from gspo_megatron.preflight.describe import (
     describe_replicas,
     every,
 )
-from gspo_megatron.preflight.engine import check_engine
+from gspo_megatron.preflight.engine import check_engine, unread_engine_settings
 from gspo_megatron.preflight.inputs import check_answer, check_inputs
 from gspo_megatron.preflight.model import check_kernels, check_layout, check_memory, check_weights, read_model
 from gspo_megatron.preflight.result import Preflight, Problems, divisors, one_of
@@ -156,6 +156,7 @@ def _check_batch(config: TrainConfig, algorithm: AlgorithmConfig, problems: Prob
 def _unread_settings(config: TrainConfig | SftConfig) -> list[str]:
     """Settings that were given and will not be read."""
     optimizer, warnings = config.optimizer, _unread_task_settings(config.task)
+    warnings += unread_engine_settings(config)
     if optimizer.min_lr > 0 and optimizer.decay == "constant":
         warnings.append(
             f'optimizer.min_lr={optimizer.min_lr:g} is not read with optimizer.decay="constant"; '

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from gspo_megatron.config import SftConfig, TrainConfig
+from dataclasses import fields
+
+from gspo_megatron.config import GenerationConfig, SftConfig, SGLangConfig, TrainConfig
 from gspo_megatron.errors import UserError
 from gspo_megatron.preflight.result import Problems
 
@@ -18,6 +20,17 @@ def describe_engine(config: TrainConfig | SftConfig) -> str:
         count = f"{sglang.servers} server{'s' if sglang.servers > 1 else ''}"
         where = f"{count} of TP{sglang.tensor} started on this machine"
     return f"SGLang, {where}; weights over {sglang.transport}, checksums {sglang.check}"
+
+
+def unread_engine_settings(config: TrainConfig | SftConfig) -> list[str]:
+    """Settings of the other engine that were given."""
+    if config.rollout.engine == "embedded" and config.sglang != SGLangConfig():
+        given = [f.name for f in fields(SGLangConfig) if getattr(config.sglang, f.name) != f.default]
+        return [f'sglang.{given[0]} is not read with rollout.engine="embedded"; use "sglang", or leave [sglang] out']
+    batch_size = config.rollout.batch_size
+    if config.rollout.engine == "sglang" and batch_size != GenerationConfig.batch_size:
+        return [f'rollout.batch_size={batch_size} is not read with rollout.engine="sglang"; see sglang.max_concurrent']
+    return []
 
 
 def check_engine(config: TrainConfig | SftConfig, problems: Problems) -> None:

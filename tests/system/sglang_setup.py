@@ -43,7 +43,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def write_model(folder: Path, kind: str = "moe", seed: int = 0, layers: int = 3) -> Path:
+def write_model(folder: Path, kind: str = "moe", seed: int = 0, layers: int = 3, hidden: int = 64) -> Path:
     """Save a tiny Qwen3-MoE (`moe`) or Qwen3 (`dense`) with a tokenizer, in float32; returns its folder.
 
     Weights are large enough that experts and attention matter. 4 heads, 2 key-value heads, 8 experts: up to TP 2. At
@@ -51,7 +51,7 @@ def write_model(folder: Path, kind: str = "moe", seed: int = 0, layers: int = 3)
     """
     common = {
         "vocab_size": VOCAB,
-        "hidden_size": 64,
+        "hidden_size": hidden,
         "intermediate_size": 128,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from gspo_megatron.rollout.sglang.manager import ServerManager
 from gspo_megatron.rollout.sglang.pool import ServerPool
 from gspo_megatron.types import Group, Prompt, Rollout
 from gspo_megatron.weights.families import load_fields
+from tests.distributed.rank_pool import free_port
 from tests.system.sglang_setup import EOS, VOCAB, sglang_python, write_model
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
@@ -252,6 +254,45 @@ def test_a_response_by_two_versions_names_both_and_its_routes_are_not_valid(runn
     finally:
         pool.on_all(lambda client: client.set_version(0))
         pool.close()
+
+
+@contextmanager
+def router(running: Running, log: Path) -> Iterator[str]:
+    """A real sglang-router in front of the servers; its address."""
+    port = free_port()
+    command = [str(sglang_python()), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--policy", "round_robin", "--worker-urls", *(a.url for a in running.addresses)]
+    with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while "Workflow completed" not in log.read_text() or log.read_text().count("activate_workers") < 2:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+                time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_router_in_front_gets_the_generation_and_the_servers_the_rest(
+    running: Running, model: torch.nn.Module, tmp_path: Path
+) -> None:
+    with router(running, tmp_path / "router.log") as url:
+        fields = load_fields(running.folder)[1]
+        pool = ServerPool(running.addresses, replace(running.config, router=url), fields=fields, timing=QUICK)
+        try:
+            asked = prompts(12, seed=5)
+            made = pool.generate(asked, PARAMS, version=NEVER_SET)
+            assert made.errors == []
+            for prompt, group in zip(asked, made.groups, strict=True):
+                assert group is not None and group.prompt is prompt and len(group.rollouts) == PARAMS.num_samples
+                logprobs, _ = reference(model, group.rollouts[0], PARAMS.temperature)
+                mask = group.rollouts[0].response_mask[1:]
+                gap = (logprobs - group.rollouts[0].rollout_logprobs[1:])[mask]
+                assert gap.abs().max() < 1e-5
+            # Weight updates and their like are no business of a router: they reach each server.
+            assert [isinstance(info, dict) for info in pool.on_all(lambda c: c.server_info())] == [True, True]
+        finally:
+            pool.close()
 
 
 def test_a_stopped_server_is_noticed_and_its_prompts_go_to_the_other(running: Running) -> None:

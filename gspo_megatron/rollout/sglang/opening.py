@@ -19,9 +19,12 @@ from gspo_megatron.config import SftConfig, TrainConfig
 from gspo_megatron.device import current_device
 from gspo_megatron.errors import UserError
 from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.rollout.engine import SamplingParams
 from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError
 from gspo_megatron.rollout.sglang.api_key import find_api_key
+from gspo_megatron.rollout.sglang.command import split_arguments
 from gspo_megatron.rollout.sglang.engine import SGLangEngine
+from gspo_megatron.rollout.sglang.generation import check_sampling
 from gspo_megatron.rollout.sglang.manager import ServerManager
 from gspo_megatron.rollout.sglang.pool import ServerPool
 from gspo_megatron.rollout.sglang.served_model import ServedModel, check_same_model, read_served_model
@@ -36,8 +39,12 @@ _SLACK_S = 60.0  # that ranks wait for rank 0 beyond what its own steps may take
 
 
 @contextlib.contextmanager
-def open_sglang(config: TrainConfig | SftConfig, groups: ProcessGroups) -> Iterator[SGLangEngine]:
+def open_sglang(
+    config: TrainConfig | SftConfig, groups: ProcessGroups, *, stop_token_ids: tuple[int, ...]
+) -> Iterator[SGLangEngine]:
     """The engine of this rank. Collective; servers that are started here end with the context.
+
+    `stop_token_ids` end a response.
 
     Raises:
         UserError: servers can't be started or reached, or serve another model.
@@ -62,7 +69,7 @@ def open_sglang(config: TrainConfig | SftConfig, groups: ProcessGroups) -> Itera
         )
         shared: list[Any] = [None]
         if groups.rank == 0:
-            shared = [_look_at_servers(config, pool, parameters)]
+            shared = [_look_at_servers(config, pool, parameters, stop_token_ids)]
         dist.broadcast_object_list(shared, src=0, group=groups.world)
         served: list[ServedModel] = shared[0]
         feeds = _feeds(config, groups, addresses)
@@ -115,7 +122,10 @@ def _find_servers(
 
 
 def _look_at_servers(
-    config: TrainConfig | SftConfig, pool: ServerPool, parameters: Sequence[ServerParameter]
+    config: TrainConfig | SftConfig,
+    pool: ServerPool,
+    parameters: Sequence[ServerParameter],
+    stop_token_ids: tuple[int, ...],
 ) -> list[ServedModel]:
     """Rank 0: what the servers serve, before anything is sent to them."""
     models = pool.on_all(lambda c: c.model_info())
@@ -130,6 +140,7 @@ def _look_at_servers(
     for client, model, info in zip(pool.clients, models, infos, strict=True):
         assert isinstance(model, dict) and isinstance(info, dict)
         served.append(read_served_model(client.address, model, info))
+        _check_sampling(config, model, info, stop_token_ids)
     for one, model, ranks in zip(served, models, pool.on_all(lambda c: c.checksums([])), strict=True):
         assert isinstance(model, dict)
         if isinstance(ranks, ServerError):
@@ -139,6 +150,26 @@ def _look_at_servers(
         said = ", ".join(f"{s.address.url} {str(s.dtype).removeprefix('torch.')}" for s in served)
         raise UserError(f"the servers' weights have different dtypes ({said}); start all with the same --dtype")
     return served
+
+
+def _check_sampling(
+    config: TrainConfig | SftConfig, model: dict[str, Any], info: dict[str, Any], stop_token_ids: tuple[int, ...]
+) -> None:
+    params = SamplingParams(
+        num_samples=1,
+        temperature=config.eval.temperature,
+        max_response_tokens=config.rollout.max_response_tokens,
+        stop_token_ids=stop_token_ids,
+        seed=config.run.seed,
+    )
+    is_ours = not config.sglang.server_addresses
+    check_sampling(
+        params,
+        preferred=model.get("preferred_sampling_params"),
+        server_info=info,
+        arguments=split_arguments(config.sglang) if is_ours else (),
+        environment=os.environ if is_ours else None,
+    )
 
 
 def _feeds(config: TrainConfig | SftConfig, groups: ProcessGroups, addresses: Sequence[ServerAddress]) -> list[Feed]:
