@@ -49,6 +49,11 @@ class Job:
             return self.engine.feeding
         return Feeding([[head] for head in self.heads])
 
+    def rest(self) -> None:
+        """Rollouts are done: the engine gives the trainer the memory that they share, until the next weight update."""
+        if self.engine is not None:
+            self.engine.rest()
+
     def share(self, count: int) -> range:
         """Which of `count` numbered things this replica takes."""
         return range(self.groups.coordinates.data, count, self.groups.layout.data)

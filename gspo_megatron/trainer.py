@@ -65,6 +65,7 @@ class Trainer:
                 experience = collect(
                     self.job, self.algorithm, batch=batch, first_prompt=self.next_prompt, restore=self.resync
                 )
+                self.job.rest()
             mini_batches, results = self.learn(experience.sequences)
             with self.timed("time_reshard_s"):
                 sync = self.sync()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import torch
+
 from gspo_megatron.config import GenerationConfig, SftConfig, SGLangConfig, TrainConfig
 from gspo_megatron.errors import UserError
 from gspo_megatron.preflight.result import Problems
@@ -28,6 +30,8 @@ def unread_engine_settings(config: TrainConfig | SftConfig) -> list[str]:
         given = [f.name for f in fields(SGLangConfig) if getattr(config.sglang, f.name) != f.default]
         return [f'sglang.{given[0]} is not read with rollout.engine="embedded"; use "sglang", or leave [sglang] out']
     batch_size = config.rollout.batch_size
+    if config.sglang.colocate and config.rollout.engine == "sglang" and not torch.cuda.is_available():
+        return ["sglang.colocate saves no memory without GPUs"]
     if config.rollout.engine == "sglang" and batch_size != GenerationConfig.batch_size:
         return [f'rollout.batch_size={batch_size} is not read with rollout.engine="sglang"; see sglang.max_concurrent']
     return []
@@ -45,8 +49,6 @@ def check_engine(config: TrainConfig | SftConfig, problems: Problems) -> None:
 
 
 def _check_start(config: TrainConfig | SftConfig) -> None:
-    import torch
-
     from gspo_megatron.rollout.sglang.api_key import find_api_key
     from gspo_megatron.rollout.sglang.command import check_servers
     from gspo_megatron.rollout.sglang.server import check_port
