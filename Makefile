@@ -24,8 +24,8 @@ quickstart: setup $(if $(filter sglang,$(ENGINE)),setup-sglang)  ## cold-start a
 test: setup  ## unit and distributed tests (CPU, gloo)
 	$(PYTEST) tests/unit tests/distributed -m "not gpu and not system"
 
-test-system: setup  ## kills and whole programs
-	$(PYTEST) tests/system
+test-system: setup  ## kills, whole programs, real SGLang servers
+	$(PYTEST) tests/system $(TESTS)
 
 check: setup  ## format, lint, types, import contract
 	$(PYTHON_VENV) -m ruff format --check $(SOURCES)

@@ -34,6 +34,13 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "one rank": {},
 }
 TRANSPORTS = ("distributed", "tensor", "disk")
+# Each layout over the first transport, and each other transport from one layout; the rest is marked slow.
+CELLS = [
+    pytest.param(layout, transport, id=f"{name}-{transport}", marks=[pytest.mark.slow] if is_slow else [])
+    for name, layout in LAYOUTS.items()
+    for transport in TRANSPORTS
+    for is_slow in [transport != TRANSPORTS[0] and name != "TP2xEP2"]
+]
 BUCKET_MB = 1  # the model has 1.6 MB: several buckets, several senders
 
 
@@ -150,8 +157,7 @@ def stage(
     return made
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize(("layout", "transport"), CELLS)
 def test_servers_hold_the_trainers_weights_and_say_what_it_says(
     stage: Stage, layout: dict[str, int], transport: str
 ) -> None:
@@ -184,7 +190,9 @@ def test_a_wrong_mapping_is_seen_by_the_trainers_checksums(stage: Stage) -> None
         stage.update(LAYOUTS["EP2"], "distributed", sabotage="mapping")
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(
+    "transport", [t if t == TRANSPORTS[0] else pytest.param(t, marks=pytest.mark.slow) for t in TRANSPORTS]
+)
 def test_a_bit_flipped_on_the_way_fails_the_update_and_leaves_the_servers_paused(stage: Stage, transport: str) -> None:
     with pytest.raises(AssertionError, match=r"failed 1 times.*parameters are not the trainer's"):
         stage.update(LAYOUTS["EP2"], transport, sabotage="buffer")
@@ -200,6 +208,7 @@ def test_a_bit_flipped_on_the_way_fails_the_update_and_leaves_the_servers_paused
     assert [ask(address, generates) for address in stage.servers.values()] == [False, False]
 
 
+@pytest.mark.slow
 def test_weights_are_converted_to_the_servers_dtype(
     models: dict[str, Path], pools: dict[int, RankPool], tmp_path: Path
 ) -> None:

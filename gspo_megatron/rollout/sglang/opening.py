@@ -67,6 +67,7 @@ def open_sglang(
             first=groups.coordinates.data * len(addresses) // layout.data,
             fields=fields,
         )
+        stack.callback(pool.close)
         shared: list[Any] = [None]
         if groups.rank == 0:
             shared = [_look_at_servers(config, pool, parameters, stop_token_ids)]
