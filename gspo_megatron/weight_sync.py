@@ -62,6 +62,7 @@ def generate(
     Where engines are lost on the way, `restore` brings them back and what is missing is generated; what there is stays.
     """
     groups: dict[int, Group] = {}
+    before, in_vain = -1, 0  # missing prompts of all heads the last time, and rounds since they became fewer
     while True:
         if job.groups.is_head and job.engine is not None:
             missing = [p for p in prompts if p.id not in groups]
@@ -75,10 +76,12 @@ def generate(
         dist.all_reduce(total, group=job.groups.world)
         if total == 0:
             break
-        if restore is None:
-            raise RuntimeError(f"{int(total)} prompts could not be answered by any server")
+        in_vain = in_vain + 1 if total == before else 0
+        before = int(total)
+        if restore is None or in_vain > job.config.sglang.retries:
+            raise RuntimeError(f"{before} prompts could not be answered by any server")
         if job.groups.rank == 0:
-            logger.warning("%d prompts wait for servers that were lost", int(total))
+            logger.warning("%d prompts wait for servers that were lost", before)
         restore()
     return [groups[p.id] for p in prompts] if job.groups.is_head else []
 

@@ -5,6 +5,8 @@ Each shard goes straight from one owner to its tensor's sender; other ranks neve
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +17,8 @@ from torch import Tensor
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.types import NamedTensor
 from gspo_megatron.weights.reshard import Bucket, Move, ReshardPlan
+
+_KEPT_BY_MALLOC = 32 * 2**20  # bytes of a block up to which glibc does not return it to the kernel at once
 
 
 @dataclass
@@ -35,21 +39,29 @@ class FlatBucket:
 
 @dataclass(frozen=True)
 class GatheredBucket:
-    """What one step of the plan brought to this rank. Put together when asked for, because the memory of the bucket
-    before it is needed until that has left."""
+    """What one step of the plan brought to this rank, as shards or put together; see `gather_buckets`."""
 
     number: int  # of the step
     count: int  # of steps in the plan
     bucket: Bucket | None  # None: this rank sends nothing in this step
     plan: ReshardPlan
     shards: dict[tuple[int, int], Tensor] = field(repr=False)  # (spec, shard) of the bucket
+    buffer: Tensor | None = field(default=None, repr=False)  # [at least the bucket's bytes] uint8; None: a new one
+    _assembled: list[FlatBucket] = field(default_factory=list, repr=False)
 
-    @torch.no_grad()
     def assemble(self) -> FlatBucket:
         """The bucket as it is sent. The shards that came from other ranks are let go."""
+        if not self._assembled:
+            self._assembled.append(self._assemble())
+        return self._assembled[0]
+
+    @torch.no_grad()
+    def _assemble(self) -> FlatBucket:
         assert self.bucket is not None, "this rank sends nothing in this step"
-        plan, device = self.plan, next(iter(self.shards.values())).device
-        flat = torch.empty(self.bucket.nbytes, dtype=torch.uint8, device=device)
+        plan, buffer = self.plan, self.buffer
+        if buffer is None:
+            buffer = torch.empty(self.bucket.nbytes, dtype=torch.uint8, device=next(iter(self.shards.values())).device)
+        flat = buffer[: self.bucket.nbytes]
         tensors: list[NamedTensor] = []
         offset = 0
         for i in self.bucket.specs:
@@ -77,11 +89,40 @@ def gather_buckets(
     """Execute the plan. Collective over all ranks, which must ask for every step; yields one bucket a step.
 
     `local` maps Megatron names with global layer and expert numbers to this rank's shards.
+
+    A rank's buckets share the buffers of `plan.buffers`, because fresh memory costs more than copying into it. With
+    two, a bucket is put together here, while the one before it may still be on its way; else by its `assemble`, which
+    must not be called before that one has left. When a step is asked for, all but the rank's last bucket have left.
     """
     device = next(iter(local.values())).device
+    rank = groups.rank
+    count, size = plan.buffers(rank)
+    buffers: list[Tensor] = []
+    sent = 0
     for number, step in enumerate(plan.steps):
-        shards = _exchange(plan, step.moves, local, groups.rank, device, counters)
-        yield GatheredBucket(number, len(plan.steps), step.bucket_of(groups.rank), plan, shards)
+        shards = _exchange(plan, step.moves, local, rank, device, counters)
+        bucket, buffer = step.bucket_of(rank), None
+        if bucket is not None and count > 0:
+            if len(buffers) < count:
+                buffers.append(_new_buffer(size, device))
+            buffer = buffers[sent % count]
+            sent += 1
+        gathered = GatheredBucket(number, len(plan.steps), bucket, plan, shards, buffer)
+        if bucket is not None and count > 1:
+            gathered.assemble()
+        yield gathered
+
+
+def _new_buffer(nbytes: int, device: torch.device) -> Tensor:
+    """[nbytes] uint8. Large ones in host memory are in huge pages where there are any: the kernel needs longer to clear
+    and map small pages than it takes to copy the weights into them. Others malloc has from the update before."""
+    if device.type != "cpu" or nbytes <= _KEPT_BY_MALLOC:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _exchange(

@@ -13,6 +13,7 @@ communicator with the servers and `max_senders` bounds their number; and a few e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,23 +125,57 @@ class ReshardPlan:
         """Bytes of shards that reach a rank from others."""
         return self._traffic.get(rank, (0, 0))[1]
 
-    def peak_bytes(self, rank: int) -> int:
-        """Most memory that a rank needs on top of its parameters.
+    def buffers(self, rank: int) -> tuple[int, int]:
+        """How many buffers a rank puts its buckets together in by turns, and the bytes of each.
 
-        While its last bucket is still on the way, a sender receives the shards of its next one; it puts them together
-        when that bucket has left.
+        As many as fit into the memory of two buckets beside what is moved meanwhile. With two, one is filled while the
+        other is on its way; with one, when it has left; with none, each bucket gets memory of its own then.
         """
-        in_flight = peak = 0
+        needs = self._needs.get(rank, _Needs())
+        room = 2 * self.bucket_bytes - needs.moved
+        return next((n for n in (2, 1) if n <= needs.buckets and n * needs.largest <= room), 0), needs.largest
+
+    def peak_bytes(self, rank: int) -> int:
+        """Most memory that a rank needs on top of its parameters: its buffers, and the shards that it gives and gets in
+        a step while one of them is on its way."""
+        count, size = self.buffers(rank)
+        needs = self._needs.get(rank, _Needs())
+        return count * size + needs.moved if count else needs.without_buffers
+
+    @cached_property
+    def _needs(self) -> dict[int, _Needs]:
+        """Of the ranks that send, give or receive anything."""
+        needs: dict[int, _Needs] = {}
+        in_flight: Counter[int] = Counter()
         for step in self.steps:
-            away = [m for m in step.moves if m.source != m.destination]
-            staged = sum(self.shard_bytes(m.spec) for m in away if m.destination == rank)
-            given = sum(self.shard_bytes(m.spec) for m in away if m.source == rank)
-            peak = max(peak, in_flight + staged + given)
-            bucket = step.bucket_of(rank)
-            if bucket is not None:
-                in_flight = bucket.nbytes
-                peak = max(peak, staged + in_flight)
-        return peak
+            moved: Counter[int] = Counter()
+            received: Counter[int] = Counter()
+            for move in step.moves:
+                if move.source != move.destination:
+                    size = self.shard_bytes(move.spec)
+                    moved[move.source] += size
+                    moved[move.destination] += size
+                    received[move.destination] += size
+            for rank, size in moved.items():
+                one = needs.setdefault(rank, _Needs())
+                one.moved = max(one.moved, size)
+                one.without_buffers = max(one.without_buffers, in_flight[rank] + size)
+            for bucket in step.buckets:
+                one = needs.setdefault(bucket.sender, _Needs())
+                one.largest, one.buckets = max(one.largest, bucket.nbytes), one.buckets + 1
+                one.without_buffers = max(one.without_buffers, received[bucket.sender] + bucket.nbytes)
+                in_flight[bucket.sender] = bucket.nbytes
+        return needs
+
+
+@dataclass
+class _Needs:
+    """Bytes that carrying out a plan takes on one rank."""
+
+    largest: int = 0  # bucket that it sends
+    buckets: int = 0  # their number
+    moved: int = 0  # shards that it gives and receives in one step, at most
+    without_buffers: int = 0  # at most, where each bucket's memory is returned when the next one's shards are there
 
 
 def owners(spec: TensorSpec, shard: int, layout: ParallelLayout, num_layers: int, num_experts: int) -> list[int]:
@@ -180,7 +215,8 @@ def plan_reshard(
         num_layers, num_experts: of the model; None without experts.
         feeds: for each engine, or set of engines reached by the same broadcast, the ranks that may send to it.
         dtype: of the tensors as sent.
-        bucket_bytes: of a bucket at most; a larger tensor is sent alone.
+        bucket_bytes: of a bucket at most; a larger tensor is sent alone. A rank needs two buckets of memory at most,
+            and one more for each further feed, to whose senders it may give shards in the same step.
         max_senders: of a feed, in all pipeline stages together; at least the pipeline degree.
 
     A shard comes from the sender itself if it holds it, else from the owner that has given least so far.

@@ -67,9 +67,9 @@ class ServerClient:
         """Model path, weight_version and preferred sampling parameters; answered without the scheduler."""
         return self._object("/model_info", await self._call("GET", "/model_info", timeout_s=timeout_s))
 
-    async def server_info(self) -> dict[str, Any]:
-        """The arguments the server was started with, resolved, and limits that follow from them."""
-        return self._object("/server_info", await self._call("GET", "/server_info", timeout_s=INFO_TIMEOUT_S))
+    async def server_info(self, timeout_s: float = INFO_TIMEOUT_S) -> dict[str, Any]:
+        """The arguments the server was started with, resolved, and limits that follow; its scheduler is asked too."""
+        return self._object("/server_info", await self._call("GET", "/server_info", timeout_s=timeout_s))
 
     async def version(self) -> int:
         """Version of the server's weights; -1 if it never got one."""

@@ -4,7 +4,8 @@ Heads generate. Weights come from every rank that the reshard plan makes a sende
 verb but `generate` is collective, and ends on all ranks alike: what went wrong on one is known to all.
 
 An update is pause, flush, begin, buckets, version, end, check, continue. Until all of it has succeeded the servers stay
-paused, so that none ever generates with weights of two versions.
+paused, so that none ever generates with weights of two versions. A server that is lost is found out by the next pause,
+which starts it again or goes on with the others.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from gspo_megatron.config import SGLangConfig
 from gspo_megatron.errors import UserError
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.rollout.engine import Export, Feeding, SamplingParams
-from gspo_megatron.rollout.sglang.address import ServerError, ServerRefused
-from gspo_megatron.rollout.sglang.client import ServerClient
+from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError, ServerRefused
+from gspo_megatron.rollout.sglang.client import INFO_TIMEOUT_S, ServerClient
 from gspo_megatron.rollout.sglang.manager import ServerManager
 from gspo_megatron.rollout.sglang.pool import ServerPool
 from gspo_megatron.rollout.sglang.served_model import ServedModel, ServerChecksums
-from gspo_megatron.rollout.sglang.transports.base import Feed, Transport, TurnLost, Turns
+from gspo_megatron.rollout.sglang.transports.base import Feed, Meetings, Transport, TurnLost, Turns
 from gspo_megatron.types import Group, Prompt
 from gspo_megatron.weights.gather import FlatBucket, GatheredBucket
 from gspo_megatron.weights.reshard import ReshardPlan
@@ -49,6 +50,7 @@ class SGLangEngine:
         feeds: Sequence[Feed],
         transport: Transport,
         turns: Turns,
+        meetings: Meetings,
         parameters: Sequence[ServerParameter],
         *,
         num_experts: int | None,
@@ -57,7 +59,7 @@ class SGLangEngine:
         """`manager` at rank 0, of servers that it may restart; `parameters` of the served model."""
         self.config, self.groups, self.pool = config, groups, pool
         self.served = {s.address: s for s in served}
-        self.feeds, self.transport, self.turns = list(feeds), transport, turns
+        self.feeds, self.transport, self.turns, self.meetings = list(feeds), transport, turns, meetings
         self.parameters, self.num_experts, self.manager = list(parameters), num_experts, manager
         [dtype] = {s.dtype for s in served}
         self.feeding = Feeding([list(f.ranks) for f in feeds], dtype, config.bucket_mb * 2**20)
@@ -66,11 +68,14 @@ class SGLangEngine:
         self._attempts = 0  # at the present update
         self._errors: list[Exception] = []  # this rank's, of the present attempt
         self._failures: list[str] = []  # all ranks', of the present attempt
+        self._turn_lost = False  # this rank gave up because another one failed
+        self._half_done = True  # an attempt may have left something open; at first, that of a trainer that was killed
         self._plan: ReshardPlan | None = None
         self._sending: Future[None] | None = None
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._check_plans: dict[tuple[object, ...], ReshardPlan] = {}
-        self._released = False
+        self._resting = False
+        self._released: dict[ServerAddress, set[str]] = {}  # rank 0: what the trainer has of each server's memory
 
     @property
     def name(self) -> str:
@@ -109,12 +114,19 @@ class SGLangEngine:
 
     def rest(self) -> None:
         """Give the servers' device memory to the trainer, with sglang.colocate."""
-        if not self.config.colocate or self._released:
+        if not self.config.colocate or self._resting:
             return
+
+        async def release(client: ServerClient) -> None:
+            await client.pause("abort")
+            await client.flush_cache()
+            await client.release_memory(_MEMORY)
+            self._released[client.address] = set(_MEMORY)
+
         self._start_attempt()
-        self._drive(lambda c: c.pause("abort"), lambda c: c.flush_cache(), lambda c: c.release_memory(_MEMORY))
+        self._drive_each(release)
+        self._resting = True
         self._agree()
-        self._released = True
         self._stop_if_failed("release the servers' memory")
 
     # -- the verbs of an update ---------------------------------------------------------------------------------------
@@ -124,10 +136,14 @@ class SGLangEngine:
         self._start_attempt()
         if self._is_driver:
             self._guard(self._replace_lost)
+        self._agree()
+        self._stop_if_failed("bring back servers that were lost")
         self._share_addresses()
-        self._drive(lambda c: c.pause("abort"), lambda c: c.flush_cache())
-        if self._released:
-            self._drive(lambda c: c.resume_memory(_MEMORY[:1]))
+        self._drive(
+            lambda c: c.pause("abort"), lambda c: c.flush_cache(), lambda c: self._give_memory_back(c, _MEMORY[:1])
+        )
+        if self._half_done:
+            self._clean_up()
         self._agree()
 
     def begin_update(self, version: int) -> None:
@@ -147,7 +163,7 @@ class SGLangEngine:
             return
         key = f"{self._epoch}/{bucket.bucket.feed}/{bucket.number}"
         self._wait_sent()
-        if self._errors or self._failures:
+        if self._errors or self._failures or self._turn_lost:
             self.turns.end(key, failed=True)
             return
         # Gathered by now; put together only after the bucket before it has left, see ReshardPlan.peak_bytes.
@@ -176,25 +192,32 @@ class SGLangEngine:
             self._agree()
         if not self._failures:
             return True
-        self._recover()
+        self._give_up_or_go_on()
         return False
 
     def resume(self) -> None:
-        """Let the servers generate with the new weights."""
-        if self._released:
-            self._drive(lambda c: c.resume_memory(_MEMORY[1:]))
-        self._drive(lambda c: c.resume())
+        """Let the servers generate with the new weights. One that is lost just now is missed by generation."""
+
+        async def go_on(client: ServerClient) -> None:
+            await self._give_memory_back(client, _MEMORY)
+            await client.resume()
+
+        self._drive_each(go_on)
         self._agree()
         self._stop_if_failed("let the servers go on")
-        self._released = False
+        self._resting, self._half_done, self._attempts = False, False, 0
         self._version = self._next_version
         for address in self.served:
             self.pool.mark_back(address)
 
-    def close(self) -> None:
-        """End what this rank has open. The servers are the manager's."""
+    def close(self, *, failed: bool = False) -> None:
+        """End what this rank has open. The servers are the manager's.
+
+        After a failure no server is spoken to: it may hang, and the other ranks wait to hear of the failure.
+        """
         self._sender.shutdown(wait=False, cancel_futures=True)
-        self._guard(self.transport.close)
+        if not failed:
+            self._guard(self.transport.close)
         self.pool.close()
 
     # -- sending ------------------------------------------------------------------------------------------------------
@@ -203,14 +226,14 @@ class SGLangEngine:
         """Every sender in turn: a server joins one group at a time."""
         senders = [(number, rank) for number in range(len(self.feeds)) for rank in plan.senders(number)]
         mine = next((f for f in self.feeds if self.groups.rank in f.ranks), None)
+        if self._failures:
+            return  # known to all: nobody joins
         if not any(rank == self.groups.rank for _, rank in senders):
             self._guard(lambda: self.transport.begin(self._next_version, mine, sends=False))
             return
         place = next(i for i, (_, rank) in enumerate(senders) if rank == self.groups.rank)
         key = f"{self._epoch}/join/{place}"
         try:
-            if self._failures:
-                raise TurnLost
             if place > 0:
                 self.turns.wait(f"{self._epoch}/join/{place - 1}")
             self.transport.begin(self._next_version, mine, sends=True)
@@ -218,7 +241,7 @@ class SGLangEngine:
             self.turns.wait(f"{self._epoch}/join/{len(senders) - 1}")
         except TurnLost:
             self.turns.end(key, failed=True)
-            self._failures = self._failures or ["another rank could not join the servers"]
+            self._turn_lost = True
         except (ServerError, RuntimeError, OSError, TimeoutError) as error:
             self.turns.end(key, failed=True)
             self._errors.append(error)
@@ -290,14 +313,14 @@ class SGLangEngine:
 
     def _start_attempt(self) -> None:
         self._epoch += 1
-        self._errors, self._failures = [], []
+        self._errors, self._failures, self._turn_lost = [], [], False
 
     def _guard(self, call: Callable[..., Any], *arguments: Any) -> None:
         """Run a step of this rank; what the outside world does to it is kept for `_agree`."""
         try:
             call(*arguments)
         except TurnLost:
-            pass  # the sender that failed says why
+            self._turn_lost = True  # the sender that failed says why
         except UserError:
             raise
         except (ServerError, RuntimeError, OSError, TimeoutError) as error:
@@ -309,27 +332,47 @@ class SGLangEngine:
             if self._is_driver and not self._errors and not self._failures:
                 self._errors += [r for r in self._on_all(call) if isinstance(r, ServerError)]
 
+    def _drive_each(self, call: Callable[[ServerClient], Awaitable[None]]) -> None:
+        """Rank 0: make the call on all servers. One that is lost is no failure here: the next pause brings it back."""
+        if not self._is_driver:
+            return
+        for answer in self._on_all(call):
+            if isinstance(answer, ServerRefused):
+                self._errors.append(answer)
+            elif isinstance(answer, ServerError):
+                logger.warning("%s", answer)
+
+    async def _give_memory_back(self, client: ServerClient, kinds: Sequence[str]) -> None:
+        """A server must not be told twice, nor one that has started since."""
+        released = self._released.get(client.address, set())
+        back = [kind for kind in kinds if kind in released]
+        if back:
+            await client.resume_memory(back)
+            released.difference_update(back)
+
     def _on_all(self, call: Callable[[ServerClient], Awaitable[T]]) -> list[T | ServerError]:
         return self.pool.on_all(call)
 
     def _agree(self) -> None:
-        """Make every rank know what went wrong on any."""
+        """Make every rank know what went wrong on any. However long one needs for its servers, the others wait."""
+        self.meetings.wait()
         parts: list[Any] = [None] * self.groups.layout.world_size
         mine = [(isinstance(e, ServerRefused), str(e) or type(e).__name__) for e in self._errors]
-        dist.all_gather_object(parts, mine, group=self.groups.world)
-        said = [entry for part in parts for entry in part]
+        gave_up = self._turn_lost or bool(self._failures)
+        dist.all_gather_object(parts, (mine, gave_up), group=self.groups.world)
+        said = [entry for errors, _ in parts for entry in errors]
         if said:
             self._failures = list(dict.fromkeys(text for _, text in said))
             self._refused = all(refused for refused, _ in said)
-        elif self._failures:
-            self._failures = ["a sender gave up"]
+        elif any(gave_up for _, gave_up in parts):
+            self._failures, self._refused = self._failures or ["a sender gave up"], False
 
     def _stop_if_failed(self, what: str) -> None:
         if self._failures:
             raise RuntimeError(f"could not {what}: {'; '.join(self._failures)}")
 
-    def _recover(self) -> None:
-        """After a failed attempt: say so, forget what is half done, or give up."""
+    def _give_up_or_go_on(self) -> None:
+        """After a failed attempt: say so and let another one follow, or raise."""
         reasons = "; ".join(self._failures)
         update = f"weight update {self._next_version}"
         if self._refused and self._version < 0 and "partially updated" in reasons:
@@ -342,35 +385,43 @@ class SGLangEngine:
             )
         if self._is_driver:
             logger.warning("%s failed and is tried again: %s", update, reasons)
+        self._half_done = True
+
+    def _clean_up(self) -> None:
+        """Forget what an attempt left half done, here and at the servers. Those that are left answer: the lost ones
+        have been replaced."""
         self._guard(self.transport.reset)
         if self._is_driver and self.transport.needs_session:
             self._on_all(lambda c: c.end_update())  # an open one would refuse the next; none may be open
-        dist.barrier(group=self.groups.world)
 
     def _replace_lost(self) -> None:
         """Rank 0: servers that don't answer are started again; of others' servers the rest goes on."""
-        answers = self._on_all(lambda c: c.server_info())
+        limit_s = min(INFO_TIMEOUT_S, self.config.update_timeout_s)
+        answers = self._on_all(lambda c: c.server_info(limit_s))  # asks the server's scheduler
         lost = [c.address for c, a in zip(self.pool.clients, answers, strict=True) if isinstance(a, ServerError)]
         if not lost:
             return
+        self._half_done = True  # a group with a lost server is of no use
+        for address in lost:
+            self._released.pop(address, None)
+        reasons = "; ".join(str(a) for a in answers if isinstance(a, ServerError))
         if self.manager is not None:
-            for index, address in enumerate(self.served):
-                if address in lost:
-                    logger.warning("SGLang server %s is lost; it is started again", address.url)
-                    self.manager.restart(index)
+            logger.warning("%d of %d servers are lost and are started again: %s", len(lost), len(self.served), reasons)
+            indices = [index for index, address in enumerate(self.served) if address in lost]
+            with ThreadPoolExecutor(len(indices)) as starting:
+                list(starting.map(self.manager.restart, indices))
             return
         left = [address for address in self.served if address not in lost]
-        reasons = "; ".join(str(a) for a in answers if isinstance(a, ServerError))
         if not left:
             raise RuntimeError(f"no server is left: {reasons}")
         logger.warning("going on with %d of %d servers: %s", len(left), len(self.served), reasons)
         self.pool.set_addresses(left)
 
     def _share_addresses(self) -> None:
-        """All ranks speak to the servers that rank 0 does."""
-        shared: list[Any] = [[c.address for c in self.pool.clients] if self._is_driver else None]
+        """All ranks speak to the servers that rank 0 does, and know whether any of them is new."""
+        shared: list[Any] = [([c.address for c in self.pool.clients], self._half_done) if self._is_driver else None]
         dist.broadcast_object_list(shared, src=0, group=self.groups.world)
-        addresses = shared[0]
+        addresses, self._half_done = shared[0]
         if addresses != list(self.served):
             self.served = {a: self.served[a] for a in addresses}
             self.feeds = [Feed(f.ranks, tuple(a for a in f.servers if a in addresses)) for f in self.feeds]

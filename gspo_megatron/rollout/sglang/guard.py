@@ -3,7 +3,8 @@
 Run by its path, with the standard library alone. It starts the server, ends everything that the server has started
 when the server ends, when it is told to (SIGTERM: let the server shut down first; SIGUSR1: at once) or when its own
 parent is gone, however that went. It copies the server's output, in which it replaces the server's key: SGLang writes
-all its arguments into its log. At its end it removes the folder in which the key was handed over.
+all its arguments into its log. At its end it removes the folder in which the key was handed over, and the files in
+shared memory that the server leaves: SGLang ends its own processes with SIGKILL.
 
 The order comes as JSON on standard input: parent (its process number), command, environment, secret and secret_folder
 (or null), grace_s.
@@ -11,6 +12,7 @@ The order comes as JSON on standard input: parent (its process number), command,
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -23,6 +25,8 @@ import time
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _TICK_S = 0.2
+_LOOK_S = 5.0  # how often the server's shared memory is looked up; it stays what it is once the server is ready
+_SHARED = "/dev/shm/sgl"  # SGLang's own; others that it maps are the trainer's
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -97,9 +101,13 @@ class Guard:
         output = Output(server.stdout.fileno(), order["secret"])
         status, why = None, ""
         asked = False
+        shared: set[str] = set()
+        looked_at = time.monotonic()
         while status is None and not why:
             select.select([output.source] if output.open else [], [], [], _TICK_S)
             output.copy()
+            if time.monotonic() > looked_at + _LOOK_S:
+                shared, looked_at = shared | _shared_files(), time.monotonic()
             status = _reap(server.pid)
             if os.getppid() != order["parent"]:
                 why = f"its parent, process {order['parent']}, is gone"
@@ -110,7 +118,11 @@ class Guard:
                 asked = True
             elif self._stop_at is not None and time.monotonic() > self._stop_at + order["grace_s"]:
                 why = f"it did not end within {order['grace_s']:g} s of SIGTERM"
+        shared |= _shared_files()
         ended = _end_children(server.pid)
+        for path in shared:
+            with contextlib.suppress(OSError):  # it was removed in order
+                os.unlink(path)
         server.returncode = 0  # it is reaped; subprocess need not ask
         output.finish()
         code = os.waitstatus_to_exitcode(ended if status is None else status)
@@ -159,7 +171,12 @@ def _end_children(server: int) -> int:
 
 
 def _children() -> list[int]:
-    found = []
+    return _by_parent().get(os.getpid(), [])
+
+
+def _by_parent() -> dict[int, list[int]]:
+    """Each process's children."""
+    found: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
@@ -167,8 +184,21 @@ def _children() -> list[int]:
                     parent = file.read().rpartition(b")")[2].split()[1]
             except OSError:  # it has ended
                 continue
-            if int(parent) == os.getpid():
-                found.append(int(name))
+            found.setdefault(int(parent), []).append(int(name))
+    return found
+
+
+def _shared_files() -> set[str]:
+    """SGLang's files in shared memory that this process's descendants have mapped."""
+    by_parent = _by_parent()
+    pids, found = list(by_parent.get(os.getpid(), [])), set()
+    for pid in pids:
+        pids += by_parent.get(pid, [])
+        try:
+            with open(f"/proc/{pid}/maps", errors="replace") as file:
+                found |= {line.split()[5] for line in file if _SHARED in line}
+        except OSError:  # it has ended
+            continue
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -28,14 +29,15 @@ from gspo_megatron.rollout.sglang.generation import check_sampling
 from gspo_megatron.rollout.sglang.manager import ServerManager
 from gspo_megatron.rollout.sglang.pool import ServerPool
 from gspo_megatron.rollout.sglang.served_model import ServedModel, check_same_model, read_served_model
-from gspo_megatron.rollout.sglang.transports.base import Feed, Transport, Turns
+from gspo_megatron.rollout.sglang.transports.base import Feed, Meetings, Transport, Turns
 from gspo_megatron.rollout.sglang.transports.disk import DiskTransport
 from gspo_megatron.rollout.sglang.transports.distributed import DistributedTransport
 from gspo_megatron.rollout.sglang.transports.tensor import TensorTransport
 from gspo_megatron.weights.families import load_fields
 from gspo_megatron.weights.server_layout import ServerParameter, server_parameters
 
-_SLACK_S = 60.0  # that ranks wait for rank 0 beyond what its own steps may take
+_SLACK_S = 60.0  # that ranks wait for one another beyond what its own steps may take
+_MOST_CALLS = 4  # of sglang.update_timeout_s each, that one rank makes while others wait for it
 
 
 @contextlib.contextmanager
@@ -50,9 +52,15 @@ def open_sglang(
         UserError: servers can't be started or reached, or serve another model.
     """
     sglang = config.sglang
+    if groups.layout.world_size > 1 and sglang.update_timeout_s >= config.parallel.timeout_s:
+        raise UserError(
+            f"sglang.update_timeout_s={sglang.update_timeout_s:g} must be below parallel.timeout_s="
+            f"{config.parallel.timeout_s:g}, in which ranks wait for one that waits for a server; raise the latter"
+        )
     family, fields = load_fields(config.model.path)
     parameters = server_parameters([s for s in family.specs(fields) if not s.load_only])
-    store = _open_store(groups, sglang.start_timeout_s * (sglang.retries + 1) + _SLACK_S)
+    start_s = sglang.start_timeout_s * (sglang.retries + 1) + _SLACK_S
+    store = _open_store(groups, start_s)
     with contextlib.ExitStack() as stack:
         manager = None
         if groups.rank == 0:
@@ -70,17 +78,22 @@ def open_sglang(
         stack.callback(pool.close)
         shared: list[Any] = [None]
         if groups.rank == 0:
-            shared = [_look_at_servers(config, pool, parameters, stop_token_ids)]
+            shared = [(_look_at_servers(config, pool, parameters, stop_token_ids), secrets.token_hex(4))]
         dist.broadcast_object_list(shared, src=0, group=groups.world)
-        served: list[ServedModel] = shared[0]
+        served: list[ServedModel] = shared[0][0]
         feeds = _feeds(config, groups, addresses)
-        transport = _transport(config, groups, pool, served)
-        turns = Turns(dist.PrefixStore("turns", store), sglang.update_timeout_s)
+        transport = _transport(config, groups, pool, served, token=shared[0][1])
+        # A sender that gives up has the time to say so itself.
+        turns = Turns(dist.PrefixStore("turns", store), sglang.update_timeout_s + _SLACK_S)
+        # At one meeting a server may have been waited for in vain, and then started again.
+        meetings = Meetings(
+            dist.PrefixStore("meetings", store), layout.world_size, start_s + _MOST_CALLS * sglang.update_timeout_s
+        )
         engine = SGLangEngine(
-            sglang, groups, pool, served, feeds, transport, turns, parameters,
+            sglang, groups, pool, served, feeds, transport, turns, meetings, parameters,
             num_experts=fields.num_experts, manager=manager,
         )  # fmt: skip
-        stack.callback(engine.close)
+        stack.push(lambda kind, *_: engine.close(failed=kind is not None))
         yield engine
 
 
@@ -204,8 +217,14 @@ def _is_here(address: ServerAddress) -> bool:
 
 
 def _transport(
-    config: TrainConfig | SftConfig, groups: ProcessGroups, pool: ServerPool, served: Sequence[ServedModel]
+    config: TrainConfig | SftConfig,
+    groups: ProcessGroups,
+    pool: ServerPool,
+    served: Sequence[ServedModel],
+    *,
+    token: str,
 ) -> Transport:
+    """`token`: of this run."""
     sglang = config.sglang
     ranks_of = {s.address: s.layout.tensor for s in served}
     if sglang.transport == "distributed":
@@ -224,7 +243,8 @@ def _transport(
         )
     if sglang.transport == "tensor":
         return TensorTransport(pool, timeout_s=sglang.update_timeout_s, ranks_of=ranks_of)
-    folder = Path(sglang.update_folder or Path(config.run.folder) / "weights")
+    # A folder of its own: in one that another run uses, or left when it was killed, its weights would be loaded too.
+    folder = Path(sglang.update_folder or Path(config.run.folder) / "weights") / token
     return DiskTransport(
         pool,
         rank=groups.rank,

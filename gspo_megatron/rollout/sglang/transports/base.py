@@ -78,3 +78,27 @@ class Turns:
     def end(self, key: str, *, failed: bool = False) -> None:
         """Let the next one send, or tell it not to."""
         self._store.set(key, "failed" if failed else "done")
+
+
+class Meetings:
+    """Where all ranks wait for each other longer than a collective would: rank 0 may start servers meanwhile."""
+
+    def __init__(self, store: dist.Store, world_size: int, timeout_s: float) -> None:
+        self._store, self._world_size, self._timeout = store, world_size, timedelta(seconds=timeout_s)
+        self._number = 0
+
+    def wait(self) -> None:
+        """Return when all ranks have called it as often as this one.
+
+        Raises:
+            RuntimeError: one did not in time.
+        """
+        self._number += 1
+        here, all_here = f"here/{self._number}", f"all/{self._number}"
+        if self._store.add(here, 1) == self._world_size:
+            self._store.set(all_here, "1")
+        try:
+            self._store.wait([all_here], self._timeout)
+        except dist.DistStoreError as error:
+            seconds = self._timeout.total_seconds()
+            raise RuntimeError(f"a rank was not done with its servers within {seconds:g} s") from error

@@ -7,6 +7,7 @@ servers load it.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -28,7 +29,7 @@ class DiskTransport:
     needs_session = False  # the server opens one itself
 
     def __init__(self, pool: ServerPool, *, rank: int, folder: Path, companions_from: Path, timeout_s: float) -> None:
-        """`companions_from` has the model's config and tokenizer."""
+        """`folder` is this run's alone; `companions_from` has the model's config and tokenizer."""
         self.pool, self.rank, self.timeout_s = pool, rank, timeout_s
         self.folder, self.companions_from = folder.absolute(), companions_from
         self._version, self._attempt, self._written = -1, 0, 0
@@ -38,7 +39,6 @@ class DiskTransport:
         return self.folder / f"version_{self._version:08d}.{self._attempt}.partial"
 
     def begin(self, version: int, feed: Feed | None, *, sends: bool) -> None:
-        self._attempt += 1  # what a failed attempt left, here or on its way to a file server, is not taken for this one
         self._version, self._written = version, 0
         self._partial.mkdir(parents=True, exist_ok=True)
 
@@ -69,7 +69,9 @@ class DiskTransport:
         self._partial.rename(complete)
         try:
             requests = [self.pool.loop.submit(self._load(client, str(complete))) for client in self.pool.clients]
-            for future in concurrent.futures.as_completed(requests, timeout=self.timeout_s):
+            # All of them, also after a failure: others still read the folder, and answers have their own timeout.
+            concurrent.futures.wait(requests)
+            for future in requests:
                 future.result()
         finally:
             shutil.rmtree(complete, ignore_errors=True)
@@ -83,10 +85,12 @@ class DiskTransport:
     def reset(self) -> None:
         if self._version >= 0:
             shutil.rmtree(self._partial, ignore_errors=True)
+        # All ranks reset together, and so agree on the next name. What is left, or still on its way to a file server,
+        # is not taken for the next attempt's.
+        self._attempt += 1
 
     def close(self) -> None:
         self.reset()
-        try:
-            self.folder.rmdir()
-        except OSError:
-            pass  # never made, or another's too
+        for folder in (self.folder, self.folder.parent):
+            with contextlib.suppress(OSError):  # never made, or another's too
+                folder.rmdir()

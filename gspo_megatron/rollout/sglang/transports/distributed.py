@@ -7,11 +7,12 @@ made anew after a failure or when a server went away or came back.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import itertools
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -30,6 +31,7 @@ from gspo_megatron.weights.reshard import ReshardPlan
 
 _POLL_S = 0.0005
 _REFUSAL_S = 0.2  # a server that refuses to join says so at once; one that joins waits for the others
+_NAMING_S = 2.0  # that a request may fail after the broadcast it belongs to
 _counter = itertools.count()
 
 
@@ -51,7 +53,8 @@ class DistributedTransport:
         self.pool, self.timeout_s, self.ranks_of, self.master_address = pool, timeout_s, ranks_of, master_address
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._group: _Group | None = None
-        self._abandoned: list[Any] = []  # destroying a group with an operation in flight would wait for it
+        self._sending: Any = None  # the last broadcast
+        self._abandoned: list[tuple[_Group, Any]] = []  # groups whose end would wait for a broadcast in flight
 
     def begin(self, version: int, feed: Feed | None, *, sends: bool) -> None:
         if not sends or feed is None:
@@ -63,6 +66,7 @@ class DistributedTransport:
 
     def _join(self, servers: Sequence[ServerAddress]) -> _Group:
         """Open a group and have the servers' ranks join it."""
+        deadline = time.monotonic() + self.timeout_s + _NAMING_S
         timeout = timedelta(seconds=self.timeout_s)
         name = f"gspo-{os.getpid()}-{socket.gethostname()}-{next(_counter)}-{time.time_ns()}"
         world_size = 1 + sum(self.ranks_of[s] for s in servers)
@@ -84,9 +88,9 @@ class DistributedTransport:
         # nor on its device.
         prefixed = PrefixStore(f"{name}/", PrefixStore(name, store))
         device = next(iter(BackendConfig(Backend(self.backend)).get_device_backend_map()))
-        backend = self._backend(PrefixStore(f"{device}/", prefixed), world_size, name)
-        for future in joining:
-            future.result(self.timeout_s)
+        with _naming(joining):
+            backend = self._backend(PrefixStore(f"{device}/", prefixed), world_size, name)
+        _wait(joining, deadline)
         return _Group(name, tuple(servers), store, backend)
 
     def _backend(self, store: dist.Store, world_size: int, name: str) -> Any:
@@ -105,36 +109,42 @@ class DistributedTransport:
         names = [item.name for item in bucket.tensors]
         dtypes = [str(item.tensor.dtype).removeprefix("torch.") for item in bucket.tensors]
         shapes = [list(item.tensor.shape) for item in bucket.tensors]
+        deadline = time.monotonic() + self.timeout_s + _NAMING_S
         requests = self._call(
             group.servers, lambda client: client.update_from_distributed(names, dtypes, shapes, group.name)
         )
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        work = group.backend.broadcast([bucket.flat], options)
-        deadline = time.monotonic() + self.timeout_s
+        work = self._sending = group.backend.broadcast([bucket.flat], options)
         # A server that refuses never joins the broadcast: look at the answers while it runs.
         while not work.is_completed():
             _raise_failed(requests)
             if time.monotonic() > deadline:
                 raise RuntimeError(f"a broadcast to the servers did not end within {self.timeout_s:g} s")
             time.sleep(_POLL_S)
-        work.wait()
-        for future in requests:
-            future.result(self.timeout_s)
+        with _naming(requests):
+            work.wait()
+        _wait(requests, deadline)
 
     def finish(self, plan: ReshardPlan) -> None:
         """Nothing is left to do: each bucket is loaded when its request is answered."""
 
     def reset(self) -> None:
-        if self._group is None:
-            return
-        group, self._group = self._group, None
-        self._abandoned.append(group)
-        for future in self._call(group.servers, lambda client: client.destroy_group(group.name)):
-            try:
+        if self._group is not None:
+            group, self._group = self._group, None
+            self._abandoned.append((group, self._sending))
+            self._leave(group)
+        # With the others its connections end: a server that still waits in a broadcast sees that, as far as it can.
+        self._abandoned = [(group, work) for group, work in self._abandoned if work and not work.is_completed()]
+        self._sending = None
+
+    def _leave(self, group: _Group) -> None:
+        """Have the servers leave a group, as far as they are still there."""
+        clients = [client for client in self.pool.clients if client.address in group.servers]
+        leaving = [self.pool.loop.submit(client.destroy_group(group.name)) for client in clients]
+        for future in leaving:
+            with contextlib.suppress(ServerError, TimeoutError):  # it is gone, or never joined
                 future.result(self.timeout_s)
-            except (ServerError, TimeoutError):
-                pass  # it is gone, or never joined
 
     def close(self) -> None:
         self.reset()
@@ -153,6 +163,22 @@ class _Group:
     servers: tuple[ServerAddress, ...]
     store: dist.Store  # lives as long as the group
     backend: Any
+
+
+@contextlib.contextmanager
+def _naming(requests: Sequence[concurrent.futures.Future[None]]) -> Iterator[None]:
+    """Of a failure that names no server, raise the request's that does, if there is one."""
+    try:
+        yield
+    except RuntimeError:
+        concurrent.futures.wait(requests, timeout=_NAMING_S, return_when=concurrent.futures.FIRST_EXCEPTION)
+        _raise_failed(requests)
+        raise
+
+
+def _wait(futures: Sequence[concurrent.futures.Future[None]], deadline: float) -> None:
+    for future in futures:
+        future.result(max(0.0, deadline - time.monotonic()))
 
 
 def _raise_failed(futures: Sequence[concurrent.futures.Future[None]]) -> None:

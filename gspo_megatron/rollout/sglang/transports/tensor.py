@@ -6,6 +6,7 @@ A server is sent pickled handles of the bucket's tensors, as torch.multiprocessi
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import io
 import itertools
 import pickle
@@ -58,8 +59,10 @@ class TensorTransport:
             )
             for client in clients
         ]
+        # All of them, also after a failure: the buffer is given away when this returns.
+        concurrent.futures.wait(requests, self.timeout_s)
         for future in requests:
-            future.result(self.timeout_s)
+            future.result(0)
 
     def finish(self, plan: ReshardPlan) -> None:
         """Nothing is left to do: each bucket is loaded when its request is answered."""
