@@ -95,7 +95,7 @@ class Run:
             "FAULT_FOLDER": str(folder),
             "FAULT_RUN": self.token,
         }
-        self.shared: set[Path] = set()
+        self.shared = set(Path("/dev/shm").iterdir())  # before the run
         self.started_at = time.monotonic()
         with (folder / "stdout").open("w") as stdout, (folder / "stderr").open("w") as stderr:
             self.process = subprocess.Popen(
@@ -126,7 +126,6 @@ class Run:
         """Wait for the end, and for everything that the run has started; what is left is a failure."""
         deadline = time.monotonic() + RUN_LIMIT_S
         while (exit_code := self.process.poll()) is None and time.monotonic() < deadline:
-            self.shared |= self.mapped()
             time.sleep(0.5)
         seconds, ended_at = time.monotonic() - self.started_at, time.time()
         deadline = time.monotonic() + END_S
@@ -148,21 +147,19 @@ class Run:
                 continue
         self.process.wait()
 
-    def mapped(self) -> set[Path]:
-        """Files in shared memory that the run's processes have, or that torch has made for them."""
-        found = set()
-        for process in self.family():
-            found |= set(Path("/dev/shm").glob(f"torch_{process.pid}_*"))
+    def shared_left(self) -> list[str]:
+        """Files in shared memory that have come since the start and that no living process has mapped.
+
+        Semaphores are left out: those of a killed process stay, by 32 bytes each.
+        """
+        mapped: set[Path] = set()
+        for process in psutil.process_iter():
             try:
-                found |= {Path(m.path) for m in process.memory_maps() if m.path.startswith("/dev/shm/")}
+                mapped |= {Path(m.path) for m in process.memory_maps() if m.path.startswith("/dev/shm/")}
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
-        return found
-
-    def shared_left(self) -> list[str]:
-        """Of those, what is still there."""
-        assert self.shared, "servers have some"
-        return sorted(path.name for path in self.shared if path.exists())
+        left = set(Path("/dev/shm").iterdir()) - self.shared - mapped
+        return sorted(path.name for path in left if not path.name.startswith("sem."))
 
 
 @pytest.fixture
