@@ -145,11 +145,13 @@ def record_rollouts() -> None:
                 versions = {
                     int(v) for r in group.rollouts for v in r.policy_versions[r.response_mask].unique().tolist()
                 }
+                # Two that end at once may well be alike.
+                long = [tuple(r.token_ids.tolist()) for r in group.rollouts if r.response_mask.sum() > 4]
                 line = {
                     "batch": kwargs["batch"],
                     "prompt": group.prompt.id,
                     "rollouts": len(group.rollouts),
-                    "distinct": len({tuple(r.token_ids.tolist()) for r in group.rollouts}),
+                    "repeated": len(long) - len(set(long)),
                     "versions": sorted(versions),
                     "finish_reasons": sorted({r.finish_reason for r in group.rollouts}),
                 }

@@ -218,7 +218,7 @@ def check_went_on(outcome: Outcome) -> None:
         of_batch = [group for group in groups if group["batch"] == batch]
         assert sorted(g["prompt"] for g in of_batch) == list(range((batch - 1) * PROMPTS, batch * PROMPTS))
         for group in of_batch:
-            assert group["rollouts"] == group["distinct"] == SAMPLES, group
+            assert group["rollouts"] == SAMPLES and group["repeated"] == 0, group
             assert group["versions"] == [batch - 1], group
             assert set(group["finish_reasons"]) <= {"stop", "length"}, group
 
