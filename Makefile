@@ -37,7 +37,7 @@ format: setup  ## rewrite the sources in the project's format
 	$(PYTHON_VENV) -m ruff format $(SOURCES)
 	$(PYTHON_VENV) -m ruff check --fix $(SOURCES)
 
-bench: setup setup-peers  ## run tools/benchmark_*.py
+bench: setup setup-peers setup-sglang  ## run tools/benchmark_*.py
 	@tools/bench.sh
 
 gpu-check: setup  ## on a GPU: build, run the tests marked gpu, benchmark kernels and training; else exit 2

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.system.sglang_setup import sglang_python
+
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +51,38 @@ def test_the_loss_head_is_measured(tmp_path: Path) -> None:
     assert [row[2].strip() for row in rows] == ["reference", "native"]
     assert all(float(row[5]) > 0 and 0 < float(row[6].strip(" %")) < 60 for row in rows)
     assert float(rows[1][7]) < 1e-6
+
+
+@pytest.mark.timeout(900)
+def test_updates_are_measured_beside_a_plain_broadcast(tmp_path: Path) -> None:
+    output = tmp_path / "table.md"
+    command = [sys.executable, str(ROOT / "tools/benchmark_reshard.py"), "measured", "--size", "tiny"]
+    command += ["--layouts", "TP2", "--transports", "direct,distributed", "--servers", "1", "--repetitions", "1"]
+    command += ["--python", str(sglang_python()), "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert output.read_text() in done.stdout
+    lines = [[cell.strip() for cell in line.split("|")] for line in output.read_text().splitlines()]
+    direct, served = [line for line in lines if line[1:2] == ["TP2"]]
+    assert int(direct[2]) == 2 and int(direct[3]) >= 2
+    assert float(direct[7].strip("*")) > 0
+    assert 1 < float(direct[12]) < 2, "every byte of the model is written once, and what was gathered once more"
+    assert 0 < float(direct[13]) < 1
+    assert served[2] == "distributed, TP1"
+    [probe] = [line for line in lines if line[1:2] == ["probe, whole"]]
+    assert float(probe[3]) > 0
+
+
+@pytest.mark.timeout(600)
+def test_rollouts_from_a_server_are_measured(tmp_path: Path) -> None:
+    output = tmp_path / "table.md"
+    command = [sys.executable, str(ROOT / "tools/benchmark_rollout.py"), "--repetitions", "1", "--responses", "64"]
+    command += ["--python", str(sglang_python()), "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|") for line in output.read_text().splitlines() if " a request" in line and line[0] == "|"]
+    assert len(rows) == 3
+    assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in rows)
 
 
 def kernel_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
