@@ -47,8 +47,9 @@ def write_model(folder: Path, kind: str = "moe", seed: int = 0, layers: int = 3,
     """Save a tiny Qwen3-MoE (`moe`) or Qwen3 (`dense`) with a tokenizer, in float32; returns its folder.
 
     Weights are large enough that experts and attention matter, and small enough that float32's own error in a
-    log-probability stays near 2e-6: at twice this range it exceeds 1e-5. 4 heads, 2 key-value heads, 8 experts: up to TP 2. At
-    TP 2 each rank of a server on a CPU, which pads its share of an MLP to a multiple of 32, has a part of every expert.
+    log-probability stays near 2e-6: at twice this range it exceeds 1e-5. 4 heads, 2 key-value heads, 8 experts: up to
+    TP 2. There each rank of a server on a CPU, which pads its share of an MLP to a multiple of 32, has a part of every
+    expert.
     """
     common = {
         "vocab_size": VOCAB,

@@ -65,9 +65,9 @@ def test_updates_are_measured_beside_a_plain_broadcast(tmp_path: Path) -> None:
     lines = [[cell.strip() for cell in line.split("|")] for line in output.read_text().splitlines()]
     direct, served = [line for line in lines if line[1:2] == ["TP2"]]
     assert int(direct[2]) == 2 and int(direct[3]) >= 2
-    assert float(direct[7].strip("*")) > 0
-    assert 1 < float(direct[12]) < 2, "every byte of the model is written once, and what was gathered once more"
-    assert 0 < float(direct[13]) < 1
+    assert float(direct[8].strip("*")) > 0
+    assert 1 < float(direct[14]) < 2, "every byte of the model is written once, and what was gathered once more"
+    assert 0 < float(direct[15]) < 1
     assert served[2] == "distributed, TP1"
     [probe] = [line for line in lines if line[1:2] == ["probe, whole"]]
     assert float(probe[3]) > 0

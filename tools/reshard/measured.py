@@ -24,7 +24,8 @@ from gspo_megatron.rollout.sglang.manager import ServerManager
 from gspo_megatron.rollout.sglang.server import free_ports
 from gspo_megatron.weights.families import load_fields
 from reshard.measured_report import Cell, Model, report
-from reshard.trainer import START_TIMEOUT_S, Case, Ranks
+from reshard.ranks import START_TIMEOUT_S, Ranks
+from reshard.trainer import Case
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = Path("benchmarks/results/reshard_cpu.md")
