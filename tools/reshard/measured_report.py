@@ -199,7 +199,8 @@ def _served(cells: Sequence[Cell]) -> list[str]:
         "The plain broadcast is that of one sender to as many bare receivers as the server has ranks. Buckets: from "
         "the first gather until the server has loaded the last one; with disk, until all files are written: the server "
         "loads them in finish. Whole update: pause to continue, without the probe, which is the same for every "
-        "transport. Send is of all senders together: requests until their answers."
+        "transport. Send is of all senders together: requests until their answers. What the transports tensor and disk "
+        "hold beside the bucket, in shared memory or for the file, is not in the plan."
     )
     return ["## Real servers", text, _table(header, rows)]
 
