@@ -8,7 +8,7 @@ VocabParallelEmbedding), for its unquantized weights that no kernel has packed.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -132,32 +132,35 @@ def plan_check(plan: ReshardPlan, parameters: Sequence[ServerParameter]) -> Resh
 
     All ranks take part, each with about as many bytes; a bucket holds specs of one parameter. Where the given plan
     brings a spec to its sender, this one brings it anew, from its owners: what was sent is not what is checked.
+
+    One rank may own what all others check at the same time, so all buckets of a step together are no larger than one of
+    the given plan (or one tensor): no rank needs more memory than for sending.
     """
     ranks = range(plan.layout.world_size)
     loads = dict.fromkeys(ranks, 0)
     queues: dict[int, list[Bucket]] = {rank: [] for rank in ranks}
     sizes = {p.name: sum(plan.spec_bytes(i) for i in p.specs) for p in parameters}
+    share = plan.bucket_bytes // len(ranks)
     for parameter in sorted(parameters, key=lambda p: (-sizes[p.name], p.specs)):
         rank = min(ranks, key=lambda r: (loads[r], r))
         loads[rank] += sizes[parameter.name]
         chosen: list[int] = []
         for i in parameter.specs:
-            if chosen and sum(map(plan.spec_bytes, chosen)) + plan.spec_bytes(i) > plan.bucket_bytes:
+            if chosen and sum(map(plan.spec_bytes, chosen)) + plan.spec_bytes(i) > share:
                 queues[rank].append(Bucket(rank, rank, tuple(chosen), sum(map(plan.spec_bytes, chosen))))
                 chosen = []
             chosen.append(i)
         queues[rank].append(Bucket(rank, rank, tuple(chosen), sum(map(plan.spec_bytes, chosen))))
-    sources = {(m.spec, m.shard): m for step in plan.steps for m in step.moves}
+    sources = {(m.spec, m.shard): m.source for step in plan.steps for m in step.moves}
     steps = []
     for turn in range(max(map(len, queues.values()))):
-        buckets = tuple(queue[turn] for queue in queues.values() if turn < len(queue))
-        moves = tuple(
-            Move(i, shard, sources[i, shard].source, bucket.sender)
-            for bucket in buckets
-            for i in bucket.specs
-            for shard in range(plan.specs[i].num_shards(plan.layout))
-        )
-        steps.append(Step(buckets, moves))
+        together: list[Bucket] = []
+        for bucket in (queue[turn] for queue in queues.values() if turn < len(queue)):
+            if together and sum(b.nbytes for b in together) + bucket.nbytes > plan.bucket_bytes:
+                steps.append(_check_step(plan, together, sources))
+                together = []
+            together.append(bucket)
+        steps.append(_check_step(plan, together, sources))
     return ReshardPlan(
         plan.specs,
         plan.layout,
@@ -168,3 +171,13 @@ def plan_check(plan: ReshardPlan, parameters: Sequence[ServerParameter]) -> Resh
         plan.bucket_bytes,
         tuple(frozenset[int]() for _ in ranks),
     )
+
+
+def _check_step(plan: ReshardPlan, buckets: Sequence[Bucket], sources: Mapping[tuple[int, int], int]) -> Step:
+    moves = tuple(
+        Move(i, shard, sources[i, shard], bucket.sender)
+        for bucket in buckets
+        for i in bucket.specs
+        for shard in range(plan.specs[i].num_shards(plan.layout))
+    )
+    return Step(tuple(buckets), moves)

@@ -132,8 +132,22 @@ def test_each_checked_parameter_comes_to_one_rank_in_its_order(
                 (m.spec, m.shard) for m in step.moves if m.destination == bucket.sender and m.spec in bucket.specs
             }
             assert arrivals == {(i, s) for i in bucket.specs for s in range(SPECS[i].num_shards(layout))}
+    padding = 2 * 4 * 8 * 4  # rows of the vocabulary, in every shard of a step
+    assert all(made.peak_bytes(r) <= 2 * made.bucket_bytes + padding for r in range(layout.world_size))
     everything = [i for specs in order.values() for i in specs]
     assert sorted(everything) == sorted(i for name in names for i in BY_NAME[name].specs)
     for name in names:
         [rank] = {rank for rank, specs in order.items() if set(BY_NAME[name].specs) & set(specs)}
         assert [i for i in order[rank] if i in BY_NAME[name].specs] == list(BY_NAME[name].specs)
+
+
+def test_the_owner_of_what_all_others_check_needs_no_more_than_two_buckets() -> None:
+    """Every rank starts with expert 0 of another layer, and one rank has them all."""
+    specs, fields = model(num_hidden_layers=16, mlp_only_layers=[], vocab_size=8)
+    layout = ParallelLayout(data=4, expert=4)
+    sent = plan_reshard(
+        specs, layout, num_layers=16, num_experts=4, feeds=[range(4)], dtype=torch.float32, bucket_bytes=800
+    )
+    made = plan_check(sent, [p for p in server_parameters(specs) if "experts.w13" in p.name])
+    assert made.bucket_bytes < 1600 and fields.num_experts == 4
+    assert all(made.peak_bytes(rank) <= 2 * made.bucket_bytes for rank in range(4))
