@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import socket
@@ -64,9 +63,13 @@ def open_sglang(
     with contextlib.ExitStack() as stack:
         manager = None
         if groups.rank == 0:
-            addresses, manager = _find_servers(config, stack)
-            store.set("servers", json.dumps([(a.url, a.api_key) for a in addresses]))
-        addresses = [ServerAddress(url, key) for url, key in json.loads(store.get("servers"))]
+            found, manager = _find_servers(config, stack)
+            store.set("servers", "ready")
+        store.wait(["servers"])
+        # Not through the store: it answers whoever reaches its port, and a key is among what is passed on.
+        passed_on: list[Any] = [found if groups.rank == 0 else None]
+        dist.broadcast_object_list(passed_on, src=0, group=groups.world)
+        addresses: list[ServerAddress] = passed_on[0]
         layout = groups.layout
         pool = ServerPool(
             addresses,
