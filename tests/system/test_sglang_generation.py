@@ -33,6 +33,7 @@ from tests.system.sglang_setup import EOS, VOCAB, sglang_python, write_model
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 NEVER_SET = -1  # version of the weights that servers start with
+VERSION = 0  # that of the servers that tests share
 STOPS = (EOS, *range(20, 28))
 PARAMS = SamplingParams(num_samples=4, temperature=1.0, max_response_tokens=48, stop_token_ids=STOPS, seed=0)
 # Long enough to be in the middle of it.
@@ -71,6 +72,9 @@ def start(folder: Path) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with start(tmp_path_factory.mktemp("servers")) as found:
+        pool = found.pool()
+        assert pool.on_all(lambda client: client.set_version(VERSION)) == [None, None]
+        pool.close()
         yield found
 
 
@@ -123,7 +127,7 @@ def test_log_probabilities_and_routes_are_those_of_transformers(
 ) -> None:
     asked = prompts(12)
     params = replace(PARAMS, temperature=temperature)
-    generated = pool.generate(asked, params, version=NEVER_SET, routed_experts=True)
+    generated = pool.generate(asked, params, version=VERSION, routed_experts=True)
     assert generated.errors == []
     num_routes = 0
     for group in complete(generated, asked, PARAMS.num_samples):
@@ -157,7 +161,7 @@ def test_samples_share_the_prompt_in_the_prefix_cache(running: Running, pool: Se
 
 def test_responses_end_at_the_first_stop_token_or_at_the_longest_length(pool: ServerPool) -> None:
     asked = prompts(16, seed=1)
-    groups = complete(pool.generate(asked, PARAMS, version=NEVER_SET), asked, PARAMS.num_samples)
+    groups = complete(pool.generate(asked, PARAMS, version=VERSION), asked, PARAMS.num_samples)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
     for rollout in rollouts:
@@ -170,7 +174,7 @@ def test_responses_end_at_the_first_stop_token_or_at_the_longest_length(pool: Se
 
 def test_a_stop_token_that_is_none_here_is_an_error_with_a_remedy(pool: ServerPool) -> None:
     params = replace(PARAMS, num_samples=16, max_response_tokens=400, stop_token_ids=(27,))
-    generated = pool.generate(prompts(8), params, version=NEVER_SET)
+    generated = pool.generate(prompts(8), params, version=VERSION)
     assert None in generated.groups
     message = str(generated.errors[0])
     assert f"ended at token {EOS}" in message and "eos_token_id in the model's generation_config.json" in message
@@ -178,13 +182,13 @@ def test_a_stop_token_that_is_none_here_is_an_error_with_a_remedy(pool: ServerPo
 
 def test_a_prompt_too_long_ends_the_call_in_the_servers_words(pool: ServerPool) -> None:
     with pytest.raises(ServerRefused, match=r"400 .*maximum context length"):
-        pool.generate([Prompt(0, "", [50] * 30, None)], replace(PARAMS, max_response_tokens=2040), version=NEVER_SET)
+        pool.generate([Prompt(0, "", [50] * 30, None)], replace(PARAMS, max_response_tokens=2040), version=VERSION)
 
 
 def test_other_weights_than_asked_for_are_not_returned(pool: ServerPool) -> None:
     generated = pool.generate(prompts(2), PARAMS, version=3)
     assert generated.groups == [None, None]
-    assert "weights of version -1, not 3" in str(generated.errors[0])
+    assert "weights of version 0, not 3" in str(generated.errors[0])
 
 
 def in_background(work: Callable[[], Generated]) -> Callable[[], Generated]:
@@ -212,7 +216,7 @@ def in_background(work: Callable[[], Generated]) -> Callable[[], Generated]:
 def test_abort_keeps_partial_responses(pool: ServerPool, model: torch.nn.Module) -> None:
     asked = prompts(6)
     params = replace(LONG, max_response_tokens=1500)
-    result = in_background(lambda: pool.generate(asked, params, version=NEVER_SET, routed_experts=True))
+    result = in_background(lambda: pool.generate(asked, params, version=VERSION, routed_experts=True))
     time.sleep(1.5)
     start = time.monotonic()
     pool.abort()
@@ -225,7 +229,7 @@ def test_abort_keeps_partial_responses(pool: ServerPool, model: torch.nn.Module)
     assert 10 < int(longest.response_mask.sum()) < 1500
     logprobs, _ = reference(model, longest, 1.0)
     assert (longest.rollout_logprobs[1:] - logprobs)[longest.response_mask[1:]].abs().max() < 2e-5
-    complete(pool.generate(asked, PARAMS, version=NEVER_SET), asked, PARAMS.num_samples)
+    complete(pool.generate(asked, PARAMS, version=VERSION), asked, PARAMS.num_samples)
 
 
 def test_a_response_by_two_versions_names_both_and_its_routes_are_not_valid(running: Running) -> None:
@@ -252,7 +256,7 @@ def test_a_response_by_two_versions_names_both_and_its_routes_are_not_valid(runn
         assert rollout.routes_valid is not None
         assert torch.equal(rollout.routes_valid, ~rollout.response_mask[1:])
     finally:
-        pool.on_all(lambda client: client.set_version(0))
+        pool.on_all(lambda client: client.set_version(VERSION))
         pool.close()
 
 
@@ -281,7 +285,7 @@ def test_a_router_in_front_gets_the_generation_and_the_servers_the_rest(
         pool = ServerPool(running.addresses, replace(running.config, router=url), fields=fields, timing=QUICK)
         try:
             asked = prompts(12, seed=5)
-            made = pool.generate(asked, PARAMS, version=NEVER_SET)
+            made = pool.generate(asked, PARAMS, version=VERSION)
             assert made.errors == []
             for prompt, group in zip(asked, made.groups, strict=True):
                 assert group is not None and group.prompt is prompt and len(group.rollouts) == PARAMS.num_samples
@@ -297,9 +301,8 @@ def test_a_router_in_front_gets_the_generation_and_the_servers_the_rest(
 
 def test_a_stopped_server_is_noticed_and_its_prompts_go_to_the_other(running: Running) -> None:
     pool = running.pool()
-    pool.on_all(lambda client: client.set_version(0))
     asked = prompts(10)
-    result = in_background(lambda: pool.generate(asked, LONG, version=0))
+    result = in_background(lambda: pool.generate(asked, LONG, version=VERSION))
     time.sleep(1.0)
     running.send(0, signal.SIGSTOP)
     try:
@@ -310,7 +313,7 @@ def test_a_stopped_server_is_noticed_and_its_prompts_go_to_the_other(running: Ru
         running.send(0, signal.SIGCONT)
     complete(generated, asked, LONG.num_samples)
     assert {error.address for error in generated.errors} == {running.addresses[0]}
-    again = pool.generate(asked, replace(PARAMS, stop_token_ids=(EOS,)), version=0)
+    again = pool.generate(asked, replace(PARAMS, stop_token_ids=(EOS,)), version=VERSION)
     complete(again, asked, PARAMS.num_samples)
     pool.close()
 

@@ -15,9 +15,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from gspo_megatron.config import SGLangConfig
+from gspo_megatron.device import current_device
 from gspo_megatron.errors import UserError
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.rollout.engine import Export, Feeding, SamplingParams
@@ -25,16 +27,15 @@ from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError, Ser
 from gspo_megatron.rollout.sglang.client import INFO_TIMEOUT_S, ServerClient
 from gspo_megatron.rollout.sglang.manager import ServerManager
 from gspo_megatron.rollout.sglang.pool import ServerPool
-from gspo_megatron.rollout.sglang.served_model import ServedModel, ServerChecksums
+from gspo_megatron.rollout.sglang.served_model import ServedModel
 from gspo_megatron.rollout.sglang.transports.base import Feed, Meetings, Transport, TurnLost, Turns
+from gspo_megatron.rollout.sglang.weight_check import ServerChecksums, WeightCheck
 from gspo_megatron.types import Group, Prompt
 from gspo_megatron.weights.gather import FlatBucket, GatheredBucket
 from gspo_megatron.weights.reshard import ReshardPlan
-from gspo_megatron.weights.server_layout import ServerParameter, plan_check
 
 logger = logging.getLogger(__name__)
 
-CHECK_EVERY = 8  # with sglang.check = "sampled" each update checks one layer in so many, another one each time
 T = TypeVar("T")
 
 
@@ -51,16 +52,16 @@ class SGLangEngine:
         transport: Transport,
         turns: Turns,
         meetings: Meetings,
-        parameters: Sequence[ServerParameter],
+        weight_check: WeightCheck,
         *,
         num_experts: int | None,
         manager: ServerManager | None,
     ) -> None:
-        """`manager` at rank 0, of servers that it may restart; `parameters` of the served model."""
+        """`manager` at rank 0, of servers that it may restart."""
         self.config, self.groups, self.pool = config, groups, pool
         self.served = {s.address: s for s in served}
         self.feeds, self.transport, self.turns, self.meetings = list(feeds), transport, turns, meetings
-        self.parameters, self.num_experts, self.manager = list(parameters), num_experts, manager
+        self.weight_check, self.num_experts, self.manager = weight_check, num_experts, manager
         [dtype] = {s.dtype for s in served}
         self.feeding = Feeding([list(f.ranks) for f in feeds], dtype, config.bucket_mb * 2**20)
         self._version, self._next_version = -1, -1
@@ -72,8 +73,7 @@ class SGLangEngine:
         self._half_done = True  # an attempt may have left something open; at first, that of a trainer that was killed
         self._plan: ReshardPlan | None = None
         self._sending: Future[None] | None = None
-        self._sender = ThreadPoolExecutor(1, thread_name_prefix="weights")
-        self._check_plans: dict[tuple[object, ...], ReshardPlan] = {}
+        self._sender = ThreadPoolExecutor(1, "weights", _use_device, (current_device(),))
         self._resting = False
         self._released: dict[ServerAddress, set[str]] = {}  # rank 0: what the trainer has of each server's memory
 
@@ -271,23 +271,22 @@ class SGLangEngine:
 
     def _check(self, export: Export) -> None:
         """Compare checksums of the servers' parameters with those that the trainer's weights must have there."""
-        chosen, skipped = self._chosen_parameters()
+        chosen, skipped = self.weight_check.choose(self._next_version, is_first=self._version < 0)
         if not chosen:
             return
         assert self._plan is not None
-        key = (self._plan.dtype, *(p.name for p in chosen))
-        if key not in self._check_plans:
-            self._check_plans[key] = plan_check(self._plan, chosen)
+        # The servers work out theirs while the ranks work out what they must be.
+        answering = self._sender.submit(self._on_all, lambda c: c.checksums(skipped)) if self._is_driver else None
         served = list(self.served.values())
         sums = ServerChecksums(chosen, served, self.num_experts)
-        for bucket in export(self._check_plans[key]):
+        for bucket in export(self.weight_check.plan(self._plan, chosen)):
             sums.add(bucket)
         parts: list[Any] = [None] * self.groups.layout.world_size
         dist.all_gather_object(parts, sums.digests(), group=self.groups.world)
-        if not self._is_driver:
+        if answering is None:
             return
         expected = {key: digest for part in parts for key, digest in part.items()}
-        for server, answer in zip(served, self._on_all(lambda c: c.checksums(skipped)), strict=True):
+        for server, answer in zip(served, answering.result(), strict=True):
             if isinstance(answer, ServerError):
                 self._errors.append(answer)
                 continue
@@ -296,18 +295,6 @@ class SGLangEngine:
                 said = f"{len(wrong)} of {len(chosen)} parameters are not the trainer's: {', '.join(wrong[:4])}"
                 remedy = "if its kernels keep weights in another form, set sglang.check to off"
                 self._errors.append(ServerRefused(server.address, "checksums", f"{said}; {remedy}"))
-
-    def _chosen_parameters(self) -> tuple[list[ServerParameter], list[str]]:
-        """What is checked after this update, and parts of names that only other parameters have."""
-        if self.config.check == "off":
-            return [], []
-        layers = sorted({int(p.name.split(".")[2]) for p in self.parameters if p.name.startswith("model.layers.")})
-        # The first update is checked whole: a wrong mapping shows there.
-        if self.config.check == "full" or self._version < 0:
-            return self.parameters, []
-        every = min(CHECK_EVERY, len(layers))
-        skipped = [f"model.layers.{i}." for i in layers if i % every != self._next_version % every]
-        return [p for p in self.parameters if not p.name.startswith(tuple(skipped))], skipped
 
     # -- failures -----------------------------------------------------------------------------------------------------
 
@@ -430,3 +417,9 @@ class SGLangEngine:
 
 
 _MEMORY = ("weights", "kv_cache", "cuda_graph")
+
+
+def _use_device(device: torch.device) -> None:
+    """A thread starts with the first CUDA device."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -32,6 +32,7 @@ from gspo_megatron.rollout.sglang.transports.base import Feed, Meetings, Transpo
 from gspo_megatron.rollout.sglang.transports.disk import DiskTransport
 from gspo_megatron.rollout.sglang.transports.distributed import DistributedTransport
 from gspo_megatron.rollout.sglang.transports.tensor import TensorTransport
+from gspo_megatron.rollout.sglang.weight_check import WeightCheck
 from gspo_megatron.weights.families import load_fields
 from gspo_megatron.weights.server_layout import ServerParameter, server_parameters
 
@@ -93,7 +94,7 @@ def open_sglang(
             dist.PrefixStore("meetings", store), layout.world_size, start_s + _MOST_CALLS * sglang.update_timeout_s
         )
         engine = SGLangEngine(
-            sglang, groups, pool, served, feeds, transport, turns, meetings, parameters,
+            sglang, groups, pool, served, feeds, transport, turns, meetings, WeightCheck(sglang.check, parameters),
             num_experts=fields.num_experts, manager=manager,
         )  # fmt: skip
         stack.push(lambda kind, *_: engine.close(failed=kind is not None))

@@ -1,4 +1,4 @@
-"""Whether a server serves the model that is trained, and holds the trainer's weights."""
+"""Whether a server serves the model that is trained."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ import torch
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.rollout.sglang.address import ServerAddress
-from gspo_megatron.weights.checksum import Checksum, DeviceChecksum, HostChecksum
-from gspo_megatron.weights.gather import GatheredBucket
-from gspo_megatron.weights.reshard import ReshardPlan
-from gspo_megatron.weights.rules import TensorSpec
-from gspo_megatron.weights.server_layout import ServerLayout, ServerParameter, server_piece
+from gspo_megatron.weights.server_layout import ServerLayout, ServerParameter
 
 # Of config.json: what decides the parameters' names and shapes, and what the same weights compute with them.
 _MODEL_KEYS = (
@@ -133,68 +129,3 @@ def _read_config(folder: str) -> dict[str, Any] | None:
 
 def _some(names: Sequence[str]) -> str:
     return f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else "none"
-
-
-class ServerChecksums:
-    """Checksums that the servers' parameters must have, from buckets of a check plan."""
-
-    def __init__(self, parameters: Sequence[ServerParameter], servers: Sequence[ServedModel], num_experts: int | None):
-        self._of_spec = {i: p for p in parameters for i in p.specs}
-        # Servers that are laid out alike hold the same.
-        self._kinds = list(dict.fromkeys((s.layout, s.on_gpu) for s in servers))
-        self._num_experts = num_experts
-        self._open: dict[tuple[str, int, int], Checksum] = {}  # parameter, kind, server rank
-
-    def add(self, bucket: GatheredBucket) -> None:
-        """Take the specs of a bucket into account; each parameter's in order."""
-        if bucket.bucket is None:
-            return
-        tensors = {item.name: item.tensor for item in bucket.assemble().tensors}
-        for i in bucket.bucket.specs:
-            spec = bucket.plan.specs[i]
-            whole = [tensors[name] for name in spec.hf]
-            for kind, (layout, on_gpu) in enumerate(self._kinds):
-                for rank in range(layout.tensor):
-                    piece = server_piece(spec, whole, layout, rank, num_experts=self._num_experts)
-                    if piece is not None:
-                        key = (self._of_spec[i].name, kind, rank)
-                        if key not in self._open:
-                            self._open[key] = self._new(bucket.plan, self._of_spec[i], layout, rank, on_gpu)
-                        self._open[key].update(piece)
-
-    def _new(
-        self, plan: ReshardPlan, parameter: ServerParameter, layout: ServerLayout, rank: int, on_gpu: bool
-    ) -> Checksum:
-        if not on_gpu:
-            return HostChecksum()
-        return DeviceChecksum(sum(self._piece_bytes(plan, plan.specs[i], layout, rank) for i in parameter.specs))
-
-    def _piece_bytes(self, plan: ReshardPlan, spec: TensorSpec, layout: ServerLayout, rank: int) -> int:
-        whole = [torch.empty(shape, dtype=plan.dtype, device="meta") for shape in spec.hf_shapes]
-        piece = server_piece(spec, whole, layout, rank, num_experts=self._num_experts)
-        return 0 if piece is None else piece.numel() * piece.element_size()
-
-    def digests(self) -> dict[tuple[str, int, int], str]:
-        """By parameter, kind of server and server rank: of the parameters whose buckets came to this rank."""
-        return {key: checksum.hexdigest() for key, checksum in self._open.items()}
-
-    def differing(
-        self, expected: dict[tuple[str, int, int], str], server: ServedModel, ranks: Sequence[dict[str, Any]]
-    ) -> list[str]:
-        """Parameters that a server's ranks hold with another checksum than expected, or don't hold at all."""
-        kind = self._kinds.index((server.layout, server.on_gpu))
-        by_rank = {info["tp_rank"]: r["checksums"] for r in ranks for info in _infos(r)}
-        return sorted(
-            {
-                name
-                for (name, of_kind, rank), digest in expected.items()
-                if of_kind == kind and by_rank.get(rank, {}).get(name) != digest
-            }
-        )
-
-
-def _infos(rank: dict[str, Any]) -> list[dict[str, Any]]:
-    """SGLang 0.5.23 sends one description a model runner; the served model's is the target's."""
-    infos = rank["parallelism_info"]
-    infos = infos if isinstance(infos, list) else [infos]
-    return [info for info in infos if info.get("role", "target") == "target"]

@@ -150,6 +150,7 @@ class SGLangServer:
             time.sleep(_POLL_S)
         self._forget_key()
         self._check_identity()
+        self._freeze_garbage()
         self.seconds_to_ready = time.monotonic() - self._started_at
         return self.seconds_to_ready
 
@@ -162,16 +163,25 @@ class SGLangServer:
 
     def _check_identity(self) -> None:
         """Whether it's this server that answers: another program may have taken a free port first."""
-        request = urllib.request.Request(f"{self.launch.local_url}/model_info")
-        if self.address.api_key is not None:
-            request.add_header("Authorization", f"Bearer {self.address.api_key}")
         try:
-            with _HTTP.open(request, timeout=_HEALTH_S) as answer:
-                found = json.load(answer).get("model_path")
+            found = json.loads(self._ask("GET", "/model_info")).get("model_path")
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._error(f"/model_info: {error}") from None
         if found != self.launch.model_folder:
             raise self._error(f"another server answers, which serves {found!r} and not {self.launch.model_folder!r}")
+
+    def _freeze_garbage(self) -> None:
+        """Spare what was made at the start all later garbage collections, which would look through it again and again.
+        SGLang does so after its warm-up; without one it asks itself too early, before it listens."""
+        with contextlib.suppress(OSError, http.client.HTTPException):  # it is slower then, no worse
+            self._ask("POST", "/freeze_gc")
+
+    def _ask(self, method: str, path: str) -> bytes:
+        request = urllib.request.Request(f"{self.launch.local_url}{path}", method=method)
+        if self.address.api_key is not None:
+            request.add_header("Authorization", f"Bearer {self.address.api_key}")
+        with _HTTP.open(request, timeout=_HEALTH_S) as answer:
+            return bytes(answer.read())
 
     # -- while it runs --
 

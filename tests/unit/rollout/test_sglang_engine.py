@@ -29,6 +29,7 @@ from gspo_megatron.rollout.sglang.pool import ServerPool
 from gspo_megatron.rollout.sglang.served_model import ServedModel
 from gspo_megatron.rollout.sglang.transports.base import Feed, Meetings, Turns
 from gspo_megatron.rollout.sglang.transports.disk import DiskTransport
+from gspo_megatron.rollout.sglang.weight_check import WeightCheck
 from gspo_megatron.types import NamedTensor, Prompt
 from gspo_megatron.weight_sync import generate, sync_weights
 from gspo_megatron.weights.checksum import HostChecksum
@@ -233,7 +234,7 @@ class Stage:
             self.transport,
             Turns(store, 2.0),
             Meetings(dist.PrefixStore("meetings", store), 1, 2.0),
-            PARAMETERS,
+            WeightCheck(self.config.check, PARAMETERS),
             num_experts=FIELDS.num_experts,
             manager=self.manager if managed else None,  # type: ignore[arg-type]
         )
