@@ -1,4 +1,4 @@
-"""The one exception type that means: the input is wrong, not the program."""
+"""Exception types that say who is to blame: the input, or the one who raises and not another rank."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and ends with exit code 2.
     """
+
+
+class CauseError(RuntimeError):
+    """A failure that its rank knows the reason of: never the effect of another rank's, whatever its message quotes."""
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from gspo_megatron.errors import UserError
+from gspo_megatron.errors import CauseError, UserError
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -66,7 +66,7 @@ def _mentions(error: BaseException, words: tuple[str, ...]) -> bool:
 
 def is_consequence(error: BaseException) -> bool:
     """Whether the error may be the effect of another rank's failure."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | CauseError):
         return False
     return isinstance(error, dist.DistError | ConnectionError | TimeoutError) or (
         isinstance(error, RuntimeError) and _mentions(error, _CONSEQUENCE_WORDS)

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from gspo_megatron import launch
-from gspo_megatron.errors import UserError
+from gspo_megatron.errors import CauseError, UserError
 from gspo_megatron.failures import FailureBoard, guard_rank, is_consequence
 from gspo_megatron.parallel import ParallelLayout
+from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError
 
 SetEnvironment = Callable[..., None]
 WORKER = Path(__file__).with_name("launch_worker.py")
@@ -128,6 +129,8 @@ def test_without_a_launcher_the_failing_host_of_the_store_ends_even_busy_ranks()
         (RuntimeError("shape mismatch"), False),
         (KeyError("gloo"), False),
         (UserError("connection closed by peer"), False),
+        (CauseError("weight update 3 failed 3 times: no answer: timed out"), False),
+        (ServerError(ServerAddress("http://n:1"), "start", "not ready after sglang.start_timeout_s=600 s"), False),
     ],
 )
 def test_which_errors_may_be_consequences(error: Exception, expected: bool) -> None:

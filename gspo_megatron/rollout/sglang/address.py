@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gspo_megatron.errors import CauseError
+
 
 @dataclass(frozen=True)
 class ServerAddress:
@@ -13,7 +15,7 @@ class ServerAddress:
     api_key: str | None = field(default=None, repr=False)  # sent as a bearer token
 
 
-class ServerError(RuntimeError):
+class ServerError(CauseError):
     """A server did not do what it was asked."""
 
     def __init__(self, address: ServerAddress, call: str, reason: str) -> None:
