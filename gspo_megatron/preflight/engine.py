@@ -50,25 +50,15 @@ def check_engine(config: TrainConfig | SftConfig, problems: Problems) -> None:
 
 def _check_start(config: TrainConfig | SftConfig) -> None:
     from gspo_megatron.rollout.sglang.api_key import find_api_key
-    from gspo_megatron.rollout.sglang.command import check_servers
+    from gspo_megatron.rollout.sglang.command import check_servers, first_server_gpu
     from gspo_megatron.rollout.sglang.server import check_port
 
     sglang = config.sglang
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    check_servers(
-        sglang,
-        model_folder=config.model.path,
-        gpus=gpus,
-        first_gpu=first_gpu(config, ranks=config.parallel.layout().world_size),
-    )
+    check_servers(sglang, model_folder=config.model.path, gpus=gpus, first_gpu=first_server_gpu(config))
     find_api_key(sglang)
     for i in range(sglang.servers if sglang.port else 0):
         check_port(sglang.host, sglang.port + i)
-
-
-def first_gpu(config: TrainConfig | SftConfig, *, ranks: int) -> int:
-    """The servers take this machine's GPUs behind those of its training ranks, unless they share them."""
-    return 0 if config.sglang.colocate else ranks
 
 
 def _ask_servers(config: TrainConfig | SftConfig) -> None:

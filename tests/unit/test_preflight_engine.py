@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from gspo_megatron.config import (
     GenerationConfig,
     ModelConfig,
+    ParallelConfig,
     RolloutConfig,
     RunConfig,
     SGLangConfig,
@@ -22,21 +26,35 @@ from gspo_megatron.preflight.result import Problems
 QUICKSTART = Path(__file__).parents[2] / "examples/quickstart/model"
 
 
-def config(engine: str = "sglang", batch_size: int = 256, **sglang: Any) -> TrainConfig:
+def config(engine: str = "sglang", batch_size: int = 256, ranks: int = 1, **sglang: Any) -> TrainConfig:
     return TrainConfig(
         run=RunConfig(folder="unused"),
         model=ModelConfig(path=str(QUICKSTART)),
         task=TaskConfig(name="reasoning_gym"),
+        parallel=ParallelConfig(data=ranks),
         rollout=RolloutConfig(engine=engine, batch_size=batch_size),  # type: ignore[arg-type]
         sglang=SGLangConfig(**sglang),
     )
 
 
-def problem(made: TrainConfig) -> str:
+def problems_of(made: TrainConfig) -> list[str]:
     problems = Problems()
     check_engine(made, problems)
-    [message] = problems.messages
+    return problems.messages
+
+
+def problem(made: TrainConfig) -> str:
+    [message] = problems_of(made)
     return message
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> str:
+    """A program that says yes to everything."""
+    path = tmp_path / "python"
+    path.write_text("#!/bin/sh\nexit 0\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 def free_port() -> int:
@@ -58,22 +76,29 @@ def test_a_python_without_sglang_is_named_with_the_remedy(tmp_path: Path) -> Non
     assert missing in message and "make setup-sglang" in message
 
 
-def test_a_port_in_use_is_named(tmp_path: Path) -> None:
-    python = tmp_path / "python"  # says yes to everything: what is looked at here is the port
-    python.write_text("#!/bin/sh\nexit 0\n")
-    python.chmod(0o755)
+def test_a_port_in_use_is_named(python: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        message = problem(config(python=str(python), port=port))
+        message = problem(config(python=python, port=port))
     assert str(port) in message and "sglang.port" in message
 
 
+def test_servers_take_the_gpus_behind_the_ranks_of_this_machine(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    two_nodes = config(python=python, tensor=4, ranks=8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert problems_of(two_nodes) == []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    assert "from GPU 6 on need 10 GPUs, but 8 are visible" in problem(two_nodes)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert "from GPU 8 on need 12 GPUs, but 8 are visible" in problem(two_nodes)
+
+
 def test_the_embedded_engine_needs_nothing() -> None:
-    problems = Problems()
-    check_engine(config("embedded", python="nowhere"), problems)
-    assert problems.messages == []
+    assert problems_of(config("embedded", python="nowhere")) == []
 
 
 def test_the_engine_is_described() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.config import SGLangConfig
+from gspo_megatron.config import SftConfig, SGLangConfig, TrainConfig
 from gspo_megatron.errors import UserError
 from gspo_megatron.rollout.sglang.api_key import ENVIRONMENT_VARIABLE
 
@@ -135,6 +135,16 @@ def split_arguments(config: SGLangConfig) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks before anything is started
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def first_server_gpu(config: TrainConfig | SftConfig) -> int:
+    """The servers take this machine's GPUs behind those of its training ranks, unless they share them.
+
+    torchrun and SLURM say how many ranks run here; where nobody does, all do.
+    """
+    if config.sglang.colocate:
+        return 0
+    return int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.layout().world_size))
 
 
 def check_servers(config: SGLangConfig, *, model_folder: str | Path, gpus: int, first_gpu: int = 0) -> None:
