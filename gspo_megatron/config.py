@@ -7,6 +7,7 @@ together is checked in preflight.py.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -306,6 +307,13 @@ class SGLangConfig:
                 address.startswith(("http://", "https://")),
                 f"sglang: the address {address!r} must start with http:// or https://, e.g. http://node7:30000",
             )
+        addresses = self.server_addresses
+        _require(
+            bool(addresses) or not self.addresses,
+            f"sglang.addresses={self.addresses!r} names no server; leave it out to start servers here",
+        )
+        twice = next((a for a, b in itertools.combinations(addresses, 2) if a.lower() == b.lower()), None)
+        _require(twice is None, f"sglang.addresses names {twice} more than once; name each server once")
 
     @property
     def server_addresses(self) -> list[str]:

@@ -210,6 +210,8 @@ def test_params_are_overridden_one_by_one(write: Write) -> None:
         (["--model.dtype", "bfloat"], ['must be one of "float32", "bfloat16"', 'Did you mean "bfloat16"?']),
         (["--task.params", "4"], ["--task.params.NAME VALUE"]),
         (["--algorithm.clip_low", "-1"], ["algorithm.clip_low=-1.0 must be positive"]),
+        (["--sglang.addresses", "http://h:1, http://g:1,http://H:1/"], ["http://h:1 more than once; name each"]),
+        (["--sglang.addresses", " , ,"], ["sglang.addresses=' , ,' names no server; leave it out"]),
     ],
 )
 def test_bad_overrides(
