@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 
 from gspo_megatron.rollout.sglang.address import ServerAddress, ServerRefused, ServerUnavailable
+from gspo_megatron.rollout.sglang.version import NEVER_SET, VersionNames
 
 INFO_TIMEOUT_S = 30.0  # calls that a server answers without its scheduler or nearly so
 CONNECT_TIMEOUT_S = 10.0
@@ -19,20 +20,6 @@ CONNECT_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 3.0
 RETRY_STATUS = (408, 425, 429)  # 4xx that mean "later", not "never"
 LONGEST_REASON = 400  # characters of a server's words that are passed on
-NEVER_SET = "default"  # what a server calls the weights it was started with
-
-
-def parse_version(text: str) -> int:
-    """The weight version a server names; -1 for a server that never got one.
-
-    Raises:
-        ValueError: it is not a number, so it was not set by this program.
-    """
-    if text == NEVER_SET:
-        return -1
-    if not text.isdecimal():
-        raise ValueError(f"weight version {text!r} is not one that this program sets")
-    return int(text)
 
 
 def open_session() -> aiohttp.ClientSession:
@@ -52,8 +39,10 @@ class ServerClient:
         *,
         request_timeout_s: float,
         update_timeout_s: float,
+        names: VersionNames | None = None,
     ) -> None:
-        self.address = address
+        """`names` of the weights that this run sends."""
+        self.address, self.names = address, names or VersionNames()
         self.paused = False  # by this client: a paused server generates nothing, also not for its health check
         self._session = session
         self._request_timeout_s, self._update_timeout_s = request_timeout_s, update_timeout_s
@@ -75,7 +64,7 @@ class ServerClient:
         """Version of the server's weights; -1 if it never got one."""
         info = await self.model_info()
         try:
-            return parse_version(str(info.get("weight_version", NEVER_SET)))
+            return self.names.number(str(info.get("weight_version", NEVER_SET)))
         except ValueError as error:
             raise ServerRefused(self.address, "/model_info", str(error)) from error
 
@@ -115,7 +104,7 @@ class ServerClient:
 
     async def set_version(self, version: int) -> None:
         """Name the present weights. Requests that run go on (by default the server would abort them)."""
-        await self._update("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        await self._update("/update_weight_version", {"new_version": self.names.name(version), "abort_all_requests": False})
 
     async def init_group(
         self, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, backend: str
@@ -158,7 +147,7 @@ class ServerClient:
         """Load safetensors from a folder that the server can read, and name them."""
         body = {
             "model_path": folder,
-            "weight_version": str(version),
+            "weight_version": self.names.name(version),
             "load_format": "auto",  # a server that was started with random weights would make new ones
             "flush_cache": True,
             "abort_all_requests": False,

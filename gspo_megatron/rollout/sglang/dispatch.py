@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gspo_megatron.errors import UserError
 from gspo_megatron.rollout.engine import SamplingParams
 from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError, ServerRefused, ServerUnavailable
 from gspo_megatron.rollout.sglang.client import ServerClient
 from gspo_megatron.rollout.sglang.generation import BadAnswer, request_of, rollouts_of
+from gspo_megatron.rollout.sglang.version import OtherRun
 from gspo_megatron.types import Group, Prompt
 from gspo_megatron.weights.families.base import ModelFields
 
@@ -109,6 +111,7 @@ class Dispatch:
 
         Raises:
             ServerRefused: a server says that a request is wrong.
+            UserError: a server has the weights of another run.
         """
         try:
             for state in self._states:
@@ -193,9 +196,13 @@ class Dispatch:
     async def _request(self, client: ServerClient, prompt: Prompt) -> Group:
         job = self._job
         answers = await client.generate(request_of(prompt, job.params, job.routed_experts))
-        rollouts = rollouts_of(
-            prompt, answers, job.params, job.version, fields=job.fields, routed_experts=job.routed_experts
-        )
+        try:
+            rollouts = rollouts_of(
+                prompt, answers, job.params, job.version,
+                names=client.names, fields=job.fields, routed_experts=job.routed_experts,
+            )  # fmt: skip
+        except OtherRun as error:
+            raise UserError(f"{client.address.url}: {error}") from error
         if not self.aborting and any(rollout.finish_reason == "abort" for rollout in rollouts):
             raise ServerUnavailable(client.address, "/generate", "somebody else aborted the request")
         return Group(prompt, rollouts)

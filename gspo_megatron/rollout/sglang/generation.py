@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.rollout.engine import SamplingParams
-from gspo_megatron.rollout.sglang.client import NEVER_SET, parse_version
+from gspo_megatron.rollout.sglang.version import NEVER_SET, OtherRun, VersionNames
 from gspo_megatron.types import FinishReason, Prompt, Rollout
 from gspo_megatron.weights.families.base import ModelFields
 
@@ -46,7 +46,6 @@ class _Answer:
     token_ids: np.ndarray  # [R] int64, the response
     logprobs: np.ndarray  # [R] float64
     finish_reason: FinishReason
-    versions: np.ndarray  # [R] int64
     num_retractions: int
 
 
@@ -81,23 +80,27 @@ def rollouts_of(
     params: SamplingParams,
     version: int,
     *,
+    names: VersionNames | None = None,
     fields: ModelFields | None = None,
     routed_experts: bool = False,
 ) -> list[Rollout]:
     """The rollouts that one request was answered with.
 
-    `version` must have produced the response, or part of it where the server names several versions. `fields` of the
-    model tell its vocabulary, and its layers and experts where `routed_experts` were asked for.
+    `version`, which the server calls as `names` say, must have produced the response, or part of it where the server
+    tells several. `fields` of the model tell its vocabulary, and its layers and experts where `routed_experts` were
+    asked for.
 
     Raises:
         BadAnswer: whatever is not as it must be.
+        OtherRun: the response is by weights of another run.
     """
     if len(answers) != params.num_samples:
         raise BadAnswer(f"{len(answers)} answers for {params.num_samples} samples")
     rollouts = []
     for body in answers:
         try:
-            answer = _read(prompt, body, params, version, None if fields is None else fields.vocab_size)
+            answer = _read(prompt, body, params, None if fields is None else fields.vocab_size)
+            versions = _versions(body["meta_info"], len(answer.token_ids), version, names or VersionNames())
             routes = routes_valid = None
             if routed_experts:
                 assert fields is not None, "routed experts need the model's fields"
@@ -111,14 +114,14 @@ def rollouts_of(
         in_prompt, in_response = len(prompt.token_ids), len(answer.token_ids)
         token_ids = np.concatenate([np.asarray(prompt.token_ids, dtype=np.int64), answer.token_ids])
         logprobs = np.concatenate([np.zeros(in_prompt), answer.logprobs]).astype(np.float32)
-        versions = np.concatenate([np.full(in_prompt, -1), answer.versions]).astype(np.int32)
+        policy_versions = np.concatenate([np.full(in_prompt, -1), versions]).astype(np.int32)
         rollouts.append(
             Rollout(
                 prompt_id=prompt.id,
                 token_ids=torch.from_numpy(token_ids),
                 response_mask=torch.arange(in_prompt + in_response) >= in_prompt,
                 rollout_logprobs=torch.from_numpy(logprobs),
-                policy_versions=torch.from_numpy(versions),
+                policy_versions=torch.from_numpy(policy_versions),
                 finish_reason=answer.finish_reason,
                 routes=routes,
                 routes_valid=routes_valid,
@@ -128,7 +131,7 @@ def rollouts_of(
 
 
 def _read(
-    prompt: Prompt, body: Mapping[str, Any], params: SamplingParams, version: int, vocab_size: int | None
+    prompt: Prompt, body: Mapping[str, Any], params: SamplingParams, vocab_size: int | None
 ) -> _Answer:
     meta = body["meta_info"]
     if meta.get("prompt_tokens", len(prompt.token_ids)) != len(prompt.token_ids):
@@ -148,8 +151,7 @@ def _read(
     if len(token_ids) and (token_ids.min() < 0 or token_ids.max() >= (vocab_size or 2**31)):
         raise BadAnswer(f"a token id {token_ids.max()} outside the vocabulary of {vocab_size}")
     reason = _finish_reason(meta["finish_reason"], token_ids, params)
-    versions = _versions(meta, len(token_ids), version)
-    return _Answer(token_ids.astype(np.int64), logprobs, reason, versions, int(meta.get("num_retractions") or 0))
+    return _Answer(token_ids.astype(np.int64), logprobs, reason, int(meta.get("num_retractions") or 0))
 
 
 def _finish_reason(said: Mapping[str, Any], token_ids: np.ndarray, params: SamplingParams) -> FinishReason:
@@ -185,13 +187,15 @@ def _finish_reason(said: Mapping[str, Any], token_ids: np.ndarray, params: Sampl
     return "stop" if len(stops) else "length"
 
 
-def _versions(meta: Mapping[str, Any], length: int, version: int) -> np.ndarray:
+def _versions(meta: Mapping[str, Any], length: int, version: int, names: VersionNames) -> np.ndarray:
     """[R] version of the weights behind each token."""
     spans = meta.get("weight_versions") or [
         {"version": meta.get("weight_version", NEVER_SET), "start": 0, "end": length}
     ]
     try:
-        found = [(parse_version(str(span["version"])), int(span["start"]), int(span["end"])) for span in spans]
+        found = [(names.number(str(span["version"])), int(span["start"]), int(span["end"])) for span in spans]
+    except OtherRun:
+        raise
     except ValueError as error:
         raise BadAnswer(str(error)) from None
     if version not in [number for number, _, _ in found]:

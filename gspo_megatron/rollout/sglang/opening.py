@@ -68,25 +68,27 @@ def open_sglang(
             store.set("servers", "ready")
         store.wait(["servers"])
         # Not through the store: it answers whoever reaches its port, and a key is among what is passed on.
-        passed_on: list[Any] = [found if groups.rank == 0 else None]
+        passed_on: list[Any] = [(found, secrets.token_hex(4)) if groups.rank == 0 else None]
         dist.broadcast_object_list(passed_on, src=0, group=groups.world)
-        addresses: list[ServerAddress] = passed_on[0]
+        addresses: list[ServerAddress] = passed_on[0][0]
+        run: str = passed_on[0][1]
         layout = groups.layout
         pool = ServerPool(
             addresses,
             sglang,
             share=layout.data,
             first=groups.coordinates.data * len(addresses) // layout.data,
+            run=run,
             fields=fields,
         )
         stack.callback(pool.close)
         shared: list[Any] = [None]
         if groups.rank == 0:
-            shared = [(_look_at_servers(config, pool, parameters, stop_token_ids), secrets.token_hex(4))]
+            shared = [_look_at_servers(config, pool, parameters, stop_token_ids)]
         dist.broadcast_object_list(shared, src=0, group=groups.world)
-        served: list[ServedModel] = shared[0][0]
+        served: list[ServedModel] = shared[0]
         feeds = _feeds(config, groups, addresses)
-        transport = _transport(config, groups, pool, served, token=shared[0][1])
+        transport = _transport(config, groups, pool, served, run=run)
         # A sender that gives up has the time to say so itself.
         turns = Turns(dist.PrefixStore("turns", store), sglang.update_timeout_s + _SLACK_S)
         # At one meeting a server may have been waited for in vain, and then started again.
@@ -226,9 +228,9 @@ def _transport(
     pool: ServerPool,
     served: Sequence[ServedModel],
     *,
-    token: str,
+    run: str,
 ) -> Transport:
-    """`token`: of this run."""
+    """`run`: as in the names of its weights."""
     sglang = config.sglang
     ranks_of = {s.address: s.layout.tensor for s in served}
     if sglang.transport == "distributed":
@@ -248,7 +250,7 @@ def _transport(
     if sglang.transport == "tensor":
         return TensorTransport(pool, timeout_s=sglang.update_timeout_s, ranks_of=ranks_of)
     # A folder of its own: in one that another run uses, or left when it was killed, its weights would be loaded too.
-    folder = Path(sglang.update_folder or Path(config.run.folder) / "weights") / token
+    folder = Path(sglang.update_folder or Path(config.run.folder) / "weights") / run
     return DiskTransport(
         pool,
         rank=groups.rank,

@@ -15,6 +15,7 @@ from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError
 from gspo_megatron.rollout.sglang.client import ServerClient, open_session
 from gspo_megatron.rollout.sglang.dispatch import Dispatch, Generated, Job, Member, Timing
 from gspo_megatron.rollout.sglang.loop import LoopThread
+from gspo_megatron.rollout.sglang.version import VersionNames
 from gspo_megatron.types import Prompt
 from gspo_megatron.weights.families.base import ModelFields
 
@@ -33,14 +34,16 @@ class ServerPool:
         *,
         share: int = 1,
         first: int = 0,
+        run: str = "",
         fields: ModelFields | None = None,
         timing: Timing | None = None,
     ) -> None:
         """`share` pools use the same servers, each for its part of `max_concurrent` and preferring server `first`.
 
-        `fields` of the model let tokens and experts be checked; routed experts need them.
+        `run`: see `VersionNames`. `fields` of the model let tokens and experts be checked; routed experts need them.
         """
         self._config, self._first, self._fields = config, first, fields
+        self._names = VersionNames(run)
         self._limit = max(1, config.max_concurrent // share)
         self._timing = timing or Timing()
         self._dispatch: Dispatch | None = None
@@ -65,6 +68,7 @@ class ServerPool:
             self._session,
             request_timeout_s=self._config.request_timeout_s,
             update_timeout_s=self._config.update_timeout_s,
+            names=self._names,
         )
 
     @property
@@ -88,7 +92,7 @@ class ServerPool:
 
         Raises:
             ServerRefused: a server says that a request is wrong.
-            UserError: a prompt holds tokens that the model does not have.
+            UserError: a prompt holds tokens that the model does not have; a server has the weights of another run.
         """
         self._check_tokens(prompts)
         job = Job(prompts, params, version, self._fields, routed_experts)

@@ -13,8 +13,9 @@ from aiohttp import web
 from fake_sglang_server import FakeServer
 
 from gspo_megatron.rollout.sglang.address import ServerAddress, ServerRefused, ServerUnavailable
-from gspo_megatron.rollout.sglang.client import ServerClient, open_session, parse_version
+from gspo_megatron.rollout.sglang.client import ServerClient, open_session
 from gspo_megatron.rollout.sglang.loop import LoopThread
+from gspo_megatron.rollout.sglang.version import OtherRun, VersionNames
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_checksums_that_are_missing_are_refused(server: FakeServer) -> None:
 
 @pytest.mark.parametrize("text, version", [("default", -1), ("0", 0), ("17", 17)])
 def test_versions(server: FakeServer, text: str, version: int) -> None:
-    assert parse_version(text) == version
+    assert VersionNames().number(text) == version
     server.version = text
     assert ask(server.address, lambda c: c.version()) == version
 
@@ -126,10 +127,20 @@ def test_versions(server: FakeServer, text: str, version: int) -> None:
 @pytest.mark.parametrize("text", ["", "v1", "-1", "1.0"])
 def test_a_version_of_somebody_else_is_refused(server: FakeServer, text: str) -> None:
     with pytest.raises(ValueError):
-        parse_version(text)
+        VersionNames().number(text)
     server.version = text
     with pytest.raises(ServerRefused, match="weight version"):
         ask(server.address, lambda c: c.version())
+
+
+def test_a_run_knows_its_own_versions() -> None:
+    names = VersionNames("ab12")
+    assert names.name(7) == "ab12-7" and names.number("ab12-7") == 7 and names.number("default") == -1
+    for other in ("7", "ab13-7"):
+        with pytest.raises(OtherRun, match=f"'{other}', which another run has sent"):
+            names.number(other)
+    with pytest.raises(OtherRun):
+        VersionNames().number("ab12-7")
 
 
 @pytest.mark.parametrize(

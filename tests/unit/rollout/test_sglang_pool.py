@@ -245,6 +245,14 @@ def test_a_server_with_other_weights_is_left_out(servers: Servers) -> None:
     assert "weights of version 3, not 4" in str(generated.errors[0])
 
 
+def test_a_server_with_the_weights_of_another_run_ends_the_call(servers: Servers) -> None:
+    ours, theirs = servers.start(version="ab12-4"), servers.start(version="cd34-4")
+    pool = ServerPool([ours.address, theirs.address], SGLangConfig(), run="ab12", fields=FIELDS, timing=QUICK)
+    servers.pools.append(pool)
+    with pytest.raises(UserError, match=f"{theirs.address.url}: .*'cd34-4'.* two runs use this server"):
+        pool.generate(prompts(8), PARAMS, version=4)
+
+
 def test_a_server_that_got_the_weights_since_is_used_at_once(servers: Servers) -> None:
     fake = servers.start(version="3")
     pool = servers.pool(fake)
