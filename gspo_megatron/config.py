@@ -288,7 +288,8 @@ class SGLangConfig:
     """Have the servers return the experts of each token. They must be started with --enable-return-routed-experts, as
     those started here are."""
     colocate: bool = False
-    """The servers run on the trainer's GPUs: release their memory while the policy trains."""
+    """The servers run on the trainer's GPUs: release their memory while the policy trains. With transport "tensor" or
+    "disk"."""
 
     def __post_init__(self) -> None:
         _require_positive("sglang", self, "servers", "tensor", "expert", "max_concurrent", "bucket_mb")
@@ -301,6 +302,11 @@ class SGLangConfig:
         _require(
             self.tensor % self.expert == 0,
             f"sglang.expert={self.expert} must divide sglang.tensor={self.tensor}, over whose ranks experts are spread",
+        )
+        _require(
+            not self.colocate or self.transport != "distributed",
+            'sglang.colocate=true cannot work with sglang.transport="distributed": trainer and server would be two '
+            'ranks of one NCCL communicator on one GPU, which NCCL refuses; use transport "tensor", or "disk"',
         )
         for address in [*self.server_addresses, *filter(None, [self.router])]:
             _require(

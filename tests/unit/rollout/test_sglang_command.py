@@ -68,7 +68,7 @@ def test_what_every_server_is_told() -> None:
 
 
 def test_the_cpu_has_options_of_its_own() -> None:
-    arguments = command(colocate=True)
+    arguments = command(colocate=True, transport="tensor")
     assert after(arguments, "--device") == "cpu" and after(arguments, "--attention-backend") == "torch_native"
     assert {"--sleep-on-idle", "--skip-server-warmup", "--disable-overlap-schedule"} <= set(arguments)
     assert "--base-gpu-id" not in arguments and "--enable-memory-saver" not in arguments  # it saves nothing there
@@ -79,7 +79,7 @@ def test_a_gpu_has_none_of_them() -> None:
         *("/p", "-m", "sglang.launch_server", "--model-path", "/models/m", "--dtype", "bfloat16"),
         *("--host", "127.0.0.1", "--port", "31000", "--tp-size", "2", "--base-gpu-id", "4"),
     ]
-    assert "--enable-memory-saver" in command(gpu=True, colocate=True)
+    assert "--enable-memory-saver" in command(gpu=True, colocate=True, transport="tensor")
 
 
 def test_what_is_asked_for_is_added() -> None:

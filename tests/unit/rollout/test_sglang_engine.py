@@ -219,7 +219,7 @@ class Stage:
         self.servers = Servers(count)
         self.transport, self.manager = FakeTransport(self.servers), FakeManager(self.servers)
         self.config = SGLangConfig(
-            **{"probe_prompts": 0, "update_timeout_s": 2.0, "request_timeout_s": 2.0, **settings}
+            **{"probe_prompts": 0, "update_timeout_s": 2.0, "request_timeout_s": 2.0, "transport": "tensor", **settings}
         )
         addresses = [fake.address for fake in self.servers.fakes]
         self.pool = ServerPool(addresses, self.config)
