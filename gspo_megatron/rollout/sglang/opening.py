@@ -22,7 +22,7 @@ from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.rollout.engine import SamplingParams
 from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError
 from gspo_megatron.rollout.sglang.api_key import find_api_key
-from gspo_megatron.rollout.sglang.command import split_arguments
+from gspo_megatron.rollout.sglang.command import first_server_gpu, split_arguments
 from gspo_megatron.rollout.sglang.engine import SGLangEngine
 from gspo_megatron.rollout.sglang.generation import check_sampling
 from gspo_megatron.rollout.sglang.manager import ServerManager
@@ -133,8 +133,7 @@ def _find_servers(
         config.model.path,
         config.model.dtype,
         Path(config.run.folder) / "servers",
-        # Between the trainer's GPUs and the servers' there is no gap, unless they share them.
-        first_gpu=0 if sglang.colocate else int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        first_gpu=first_server_gpu(config),
         random_weights=True,  # they are sent the trainer's before they are used
     )
     stack.enter_context(manager)
