@@ -7,7 +7,6 @@ from dataclasses import fields
 import torch
 
 from gspo_megatron.config import GenerationConfig, SftConfig, SGLangConfig, TrainConfig
-from gspo_megatron.errors import UserError
 from gspo_megatron.preflight.result import Problems
 
 
@@ -62,7 +61,7 @@ def _check_start(config: TrainConfig | SftConfig) -> None:
 
 
 def _ask_servers(config: TrainConfig | SftConfig) -> None:
-    from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError
+    from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError, not_reached
     from gspo_megatron.rollout.sglang.api_key import find_api_key
     from gspo_megatron.rollout.sglang.pool import ServerPool
 
@@ -72,9 +71,6 @@ def _ask_servers(config: TrainConfig | SftConfig) -> None:
         answers = pool.on_all(lambda client: client.model_info())
     finally:
         pool.close()
-    failed = [str(a) for a in answers if isinstance(a, ServerError)]
+    failed = [answer for answer in answers if isinstance(answer, ServerError)]
     if failed:
-        remedy = "start it with `serve`, or correct sglang.addresses"
-        if any("401" in reason for reason in failed):
-            remedy = "give its key by sglang.api_key_file or the environment variable GSPO_SGLANG_API_KEY"
-        raise UserError(f"{'; '.join(failed)}; {remedy}")
+        raise not_reached(failed)

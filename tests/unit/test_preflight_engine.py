@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import socket
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +61,28 @@ def python(tmp_path: Path) -> str:
     return str(path)
 
 
+@contextlib.contextmanager
+def answering(status_of: dict[str, int], *, otherwise: int = 200) -> Iterator[str]:
+    """A server that answers {} with these statuses; its address."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status_of.get(self.path, otherwise))
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -67,6 +93,17 @@ def test_a_server_that_does_not_answer_is_named_with_the_remedy() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     message = problem(config(addresses=url))
     assert url in message and "start it with `serve`, or correct sglang.addresses" in message
+
+
+@pytest.mark.parametrize("remedy", ["sglang.addresses", "sglang.api_key_file"])
+def test_a_key_is_asked_for_where_the_server_asks_for_one(remedy: str) -> None:
+    """And not where an address holds 401, the status that asks for one."""
+    if remedy == "sglang.addresses":
+        message = problem(config(addresses="http://127.0.0.1:1,http://no401.invalid:1"))
+    else:
+        with answering({}, otherwise=401) as url:
+            message = problem(config(addresses=url))
+    assert message.count("sglang.a") == 1 and remedy in message
 
 
 def test_a_python_without_sglang_is_named_with_the_remedy(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ CONNECT_TIMEOUT_S = 10.0
 # The server closes idle connections after 5 s; a request sent just then would be lost.
 KEEP_ALIVE_S = 3.0
 RETRY_STATUS = (408, 425, 429)  # 4xx that mean "later", not "never"
+PARTLY_LOADED = "partially updated"  # of the words with which SGLang refuses tensors of other shapes
 LONGEST_REASON = 400  # characters of a server's words that are passed on
 
 
@@ -196,7 +197,7 @@ class ServerClient:
         if response.status >= 400:
             reason = f"{response.status} {_words(answer, content)}".strip()
             never = response.status < 500 and response.status not in RETRY_STATUS
-            raise (ServerRefused if never else ServerUnavailable)(self.address, path, reason)
+            raise (ServerRefused if never else ServerUnavailable)(self.address, path, reason, status=response.status)
         if isinstance(answer, dict) and answer.get("success") is False:
             raise ServerRefused(self.address, path, _words(answer, content))
         return answer

@@ -20,7 +20,7 @@ from gspo_megatron.device import current_device
 from gspo_megatron.errors import UserError
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.rollout.engine import SamplingParams
-from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError
+from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError, not_reached
 from gspo_megatron.rollout.sglang.api_key import find_api_key
 from gspo_megatron.rollout.sglang.command import first_server_gpu, split_arguments
 from gspo_megatron.rollout.sglang.engine import SGLangEngine
@@ -149,12 +149,9 @@ def _look_at_servers(
     """Rank 0: what the servers serve, before anything is sent to them."""
     models = pool.on_all(lambda c: c.model_info())
     infos = pool.on_all(lambda c: c.server_info())
-    for answer in [*models, *infos]:
-        if isinstance(answer, ServerError):
-            remedy = "start it, or correct sglang.addresses"
-            if "401" in answer.reason:
-                remedy = "give its key by sglang.api_key_file or the environment variable GSPO_SGLANG_API_KEY"
-            raise UserError(f"{answer}; {remedy}") from answer
+    failed = [a for a in models if isinstance(a, ServerError)] or [a for a in infos if isinstance(a, ServerError)]
+    if failed:
+        raise not_reached(failed)
     served = []
     for client, model, info in zip(pool.clients, models, infos, strict=True):
         assert isinstance(model, dict) and isinstance(info, dict)

@@ -12,7 +12,13 @@ import pytest
 from aiohttp import web
 from fake_sglang_server import FakeServer
 
-from gspo_megatron.rollout.sglang.address import ServerAddress, ServerRefused, ServerUnavailable
+from gspo_megatron.rollout.sglang.address import (
+    ServerAddress,
+    ServerError,
+    ServerRefused,
+    ServerUnavailable,
+    not_reached,
+)
 from gspo_megatron.rollout.sglang.client import ServerClient, open_session
 from gspo_megatron.rollout.sglang.loop import LoopThread
 from gspo_megatron.rollout.sglang.version import OtherRun, VersionNames
@@ -158,7 +164,7 @@ def test_a_refusal_in_the_servers_words(server: FakeServer, answer: Any, words: 
     with pytest.raises(ServerRefused) as caught:
         ask(server.address, lambda c: c.begin_update())
     message = f"SGLang server {server.address.url}: /begin_weight_update failed: 400 {words}"
-    assert str(caught.value) == message
+    assert str(caught.value) == message and caught.value.status == 400
 
 
 def test_an_answer_200_that_says_no_is_a_refusal(server: FakeServer) -> None:
@@ -193,6 +199,20 @@ def test_json_that_is_none_is_unavailable(server: FakeServer) -> None:
     server.answers["/generate"] = lambda _: web.Response(text='{"a": ', content_type="application/json")
     with pytest.raises(ServerUnavailable, match="not JSON"):
         ask(server.address, lambda c: c.generate({}))
+
+
+def test_who_could_not_be_asked_is_told_with_the_remedy(server: FakeServer) -> None:
+    server.answers["/model_info"] = lambda _: web.json_response({"error": "Unauthorized"}, status=401)
+    errors = []
+    for address in (server.address, ServerAddress("http://127.0.0.1:9"), ServerAddress("http://no401.invalid:9")):
+        with pytest.raises(ServerError) as caught:
+            ask(address, lambda c: c.model_info())
+        errors.append(caught.value)
+    assert [error.status for error in errors] == [401, None, None]
+    keyless, absent, all_of_them = (str(not_reached(some)) for some in (errors[:1], errors[1:], errors))
+    assert "failed: 401 Unauthorized; give its key by sglang.api_key_file" in keyless and "`serve`" not in keyless
+    assert "no401" in absent and "; start it with `serve`, or correct sglang.addresses" in absent
+    assert "api_key_file" not in absent and "api_key_file" in all_of_them and "`serve`" in all_of_them
 
 
 def test_nobody_there_is_unavailable() -> None:
