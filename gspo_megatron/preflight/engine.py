@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 import torch
 
 from gspo_megatron.config import GenerationConfig, SftConfig, SGLangConfig, TrainConfig
+from gspo_megatron.errors import UserError
 from gspo_megatron.preflight.result import Problems
+
+if TYPE_CHECKING:
+    from gspo_megatron.rollout.sglang.address import ServerError
+    from gspo_megatron.rollout.sglang.client import ServerClient
 
 
 def describe_engine(config: TrainConfig | SftConfig) -> str:
@@ -40,11 +47,15 @@ def check_engine(config: TrainConfig | SftConfig, problems: Problems) -> None:
     """What would keep the servers from starting or answering. Starts none; asks those that were named."""
     if config.rollout.engine != "sglang":
         return
+    sglang = config.sglang
     with problems.collect():
-        if config.sglang.server_addresses:
-            _ask_servers(config)
+        if sglang.server_addresses:
+            _check_servers(sglang)
         else:
             _check_start(config)
+    with problems.collect():
+        if sglang.router:
+            _check_router(sglang)
 
 
 def _check_start(config: TrainConfig | SftConfig) -> None:
@@ -60,17 +71,40 @@ def _check_start(config: TrainConfig | SftConfig) -> None:
         check_port(sglang.host, sglang.port + i)
 
 
-def _ask_servers(config: TrainConfig | SftConfig) -> None:
-    from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError, not_reached
+def _check_servers(sglang: SGLangConfig) -> None:
+    from gspo_megatron.rollout.sglang.address import not_reached
+
+    failed = _ask(sglang, sglang.server_addresses, lambda client: client.model_info())
+    if failed:
+        raise not_reached(failed)
+
+
+def _check_router(sglang: SGLangConfig) -> None:
+    from gspo_megatron.rollout.sglang.address import not_reached
+
+    if not sglang.server_addresses:
+        raise UserError(
+            f"sglang.router={sglang.router} does not know the servers that are started here; start them with `serve`, "
+            "name them in sglang.addresses and to the router, or leave sglang.router out"
+        )
+    # It answers 503 when it takes all servers for ill, as it does those that a killed run has left paused.
+    failed = [e for e in _ask(sglang, [sglang.router], lambda client: client.health_generate()) if e.status != 503]
+    if failed:
+        raise not_reached(failed, remedy="start the router, correct sglang.router, or leave it out")
+
+
+def _ask(
+    sglang: SGLangConfig, urls: Sequence[str], call: Callable[[ServerClient], Awaitable[object]]
+) -> list[ServerError]:
+    """Make the call at every address; what failed."""
+    from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError
     from gspo_megatron.rollout.sglang.api_key import find_api_key
     from gspo_megatron.rollout.sglang.pool import ServerPool
 
-    key = find_api_key(config.sglang)
-    pool = ServerPool([ServerAddress(url, key) for url in config.sglang.server_addresses], config.sglang)
+    key = find_api_key(sglang)
+    pool = ServerPool([ServerAddress(url.rstrip("/"), key) for url in urls], sglang)
     try:
-        answers = pool.on_all(lambda client: client.model_info())
+        answers = pool.on_all(call)
     finally:
         pool.close()
-    failed = [answer for answer in answers if isinstance(answer, ServerError)]
-    if failed:
-        raise not_reached(failed)
+    return [answer for answer in answers if isinstance(answer, ServerError)]

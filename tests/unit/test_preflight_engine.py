@@ -106,6 +106,23 @@ def test_a_key_is_asked_for_where_the_server_asks_for_one(remedy: str) -> None:
     assert message.count("sglang.a") == 1 and remedy in message
 
 
+def test_a_router_must_be_there() -> None:
+    nobody = f"http://127.0.0.1:{free_port()}/"
+    with answering({}) as server, answering({"/model_info": 404}) as router, answering({}, otherwise=404) as another:
+        assert problems_of(config(addresses=server, router=router + "/")) == []
+        for url in (nobody, another):
+            message = problem(config(addresses=server, router=url))
+            assert f"{url.rstrip('/')}: /health_generate failed" in message and "correct sglang.router" in message
+    # All servers paused, by a run that was killed: the next one lets them go on.
+    with answering({}) as server, answering({}, otherwise=503) as router:
+        assert problems_of(config(addresses=server, router=router)) == []
+
+
+def test_a_router_needs_servers_that_it_can_know(python: str) -> None:
+    message = problem(config(python=python, router="http://127.0.0.1:9"))
+    assert "sglang.router=http://127.0.0.1:9 does not know" in message and "sglang.addresses" in message
+
+
 def test_a_python_without_sglang_is_named_with_the_remedy(tmp_path: Path) -> None:
     assert "make setup-sglang" in problem(config(python=sys.executable))
     missing = str(tmp_path / "python")
