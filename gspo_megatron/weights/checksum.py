@@ -19,6 +19,7 @@ _SEEDS = (_SEED, (_SEED * 0x9E3779B1 ^ 0xDEADBEEF) & _MASK)
 _POSITION = (0x27D4EB2D, 0x165667B1)
 _ROTATION = (15, 13)
 _TILE = 8192  # 32-bit words
+_CHUNK_BYTES = 128 * 4 * _TILE  # hashed at a time: the integers that it becomes take 17 times as much memory
 
 
 class Checksum(Protocol):
@@ -51,15 +52,18 @@ class DeviceChecksum:
         self.nbytes = nbytes
         self._rest = torch.empty(0, dtype=torch.uint8)
         self._position = 0  # in words, of the next tile
-        self._sum = 0
+        self._sums = torch.zeros(2, dtype=torch.int64)  # of the tiles' hashes: their high halves, their low halves
 
     def update(self, piece: Tensor) -> None:
-        data = piece.reshape(-1).view(torch.uint8)
-        data = torch.cat([self._rest.to(data.device), data])
-        whole = data.numel() // (4 * _TILE) * (4 * _TILE)
-        if whole:
-            self._add(data[:whole])
-        self._rest = data[whole:].clone()
+        # By rows first: making a part of a matrix contiguous copies it.
+        row_bytes = piece[:1].numel() * piece.element_size()
+        for rows in piece.split(max(1, _CHUNK_BYTES // max(1, row_bytes))):
+            for data in rows.reshape(-1).view(torch.uint8).split(_CHUNK_BYTES):
+                data = torch.cat([self._rest.to(data.device), data])
+                whole = data.numel() // (4 * _TILE) * (4 * _TILE)
+                if whole:
+                    self._add(data[:whole])
+                self._rest = data[whole:].clone()
 
     def _add(self, data: Tensor) -> None:
         """Whole tiles, or the last one."""
@@ -67,21 +71,21 @@ class DeviceChecksum:
         words = data.view(torch.int32).to(torch.int64) & _MASK
         index = torch.arange(self._position, self._position + words.numel(), device=words.device) & _MASK
         self._position += words.numel()
-        halves = []
+        sums = []
         for multiplier, seed, rotation in zip(_POSITION, _SEEDS, _ROTATION, strict=True):
             rotated = ((index << rotation) | (index >> (32 - rotation))) & _MASK
             hashed = _mix(words ^ (_multiply(index, multiplier) + seed & _MASK) ^ rotated)
             tiles = torch.nn.functional.pad(hashed, (0, -hashed.numel() % _TILE)).view(-1, _TILE).sum(1) & _MASK
-            halves.append(_mix(tiles ^ (self.nbytes + 3 & ~3 & _MASK)))
-        for high, low in zip(halves[0].tolist(), halves[1].tolist(), strict=True):
-            self._sum = self._sum + (high << 32) + low & 0xFFFFFFFFFFFFFFFF
+            sums.append(_mix(tiles ^ (self.nbytes + 3 & ~3 & _MASK)).sum())
+        self._sums = self._sums.to(words.device) + torch.stack(sums)
 
     def hexdigest(self) -> str:
         """16 hexadecimal digits."""
         if self._rest.numel():
             self._add(torch.nn.functional.pad(self._rest, (0, -self._rest.numel() % 4)))
             self._rest = self._rest[:0]
-        x = self._sum if self.nbytes else 0
+        high, low = self._sums.tolist()
+        x = (high << 32) + low & 0xFFFFFFFFFFFFFFFF
         x ^= x >> 30
         x = x * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
         x ^= x >> 27

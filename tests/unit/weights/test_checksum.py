@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gspo_megatron.weights.checksum import Checksum, DeviceChecksum, HostChecksum
 
@@ -71,3 +75,41 @@ def test_a_checksum_of_the_device_knows_a_swap_and_a_flipped_bit() -> None:
         len({first, of_pieces(DeviceChecksum(40_000), swapped, 10**5), of_pieces(DeviceChecksum(40_000), flipped, 9)})
         == 3
     )
+
+
+class PeakMemory(TorchDispatchMode):
+    """Most bytes that tensors made inside it took at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+        self._made: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        foreign = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        foreign -= self._living().keys()
+        result = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self._made += [weakref.ref(t) for t in made if t.untyped_storage().data_ptr() not in foreign]
+        self.nbytes = max(self.nbytes, sum(self._living().values()))
+        return result
+
+    def _living(self) -> dict[int, int]:
+        self._made = [r for r in self._made if r() is not None]
+        storages = [t.untyped_storage() for r in self._made if (t := r()) is not None]
+        return {s.data_ptr(): s.nbytes() for s in storages}
+
+
+@pytest.mark.parametrize("columns", [2048, 1500], ids=["whole", "part of each row"])
+def test_a_checksum_of_the_device_takes_memory_that_does_not_grow_with_the_piece(columns: int) -> None:
+    peaks = []
+    for megabytes in (8, 32):
+        rows = megabytes * 2**20 // 4 // 2048
+        piece = torch.randn(rows, 2048, generator=torch.Generator().manual_seed(0))[:, :columns]
+        checksum = DeviceChecksum(piece.numel() * 4)
+        with PeakMemory() as memory:
+            checksum.update(piece)
+        peaks.append(memory.nbytes)
+        assert checksum.hexdigest() == tile_hash(piece.numpy().tobytes())
+    assert peaks[0] > 8 * 2**20  # they are seen at all
+    assert peaks[1] < 1.01 * peaks[0] < 100 * 2**20
