@@ -50,7 +50,7 @@ class Job:
         return Feeding([[head] for head in self.heads])
 
     def rest(self) -> None:
-        """Rollouts are done: the engine gives the trainer the memory that they share, until the next weight update."""
+        """The engine gives the trainer the memory that they share, until the next weight update. Collective."""
         if self.engine is not None:
             self.engine.rest()
 
@@ -100,4 +100,6 @@ def build_job(config: TrainConfig | SftConfig, groups: ProcessGroups) -> Iterato
                 batch_size=config.rollout.batch_size,
             )
         scorer = stack.enter_context(Scorer(task, config.task, tokenizer)) if groups.is_head else None
-        yield Job(config, groups, tokenizer, task, scorer, engine, current_device())
+        job = Job(config, groups, tokenizer, task, scorer, engine, current_device())
+        job.rest()  # the policy is built in the memory that servers give
+        yield job

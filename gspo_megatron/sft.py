@@ -120,4 +120,6 @@ def _evaluate_if_due(job: Job, policy: MegatronPolicy, step: int) -> EvalResult 
     if step != config.sft.steps and not (every and step % every == 0):
         return None
     sync_weights(policy, job, version=step)
-    return evaluate(job, restore=lambda: sync_weights(policy, job, version=step))
+    evaluation = evaluate(job, restore=lambda: sync_weights(policy, job, version=step))
+    job.rest()
+    return evaluation
