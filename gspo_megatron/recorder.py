@@ -82,7 +82,7 @@ class Recorder:
         row["rollout_tokens_per_s"] = tokens / outcome.times["time_rollout_s"]
         row["grad_norm"] = sum(r.grad_norm for r in outcome.results) / len(outcome.results)
         row["learning_rate"] = outcome.results[-1].learning_rate
-        if outcome.sync.probe_max_abs is not None:
+        if outcome.sync.is_probed:
             row["sync_probe_max_abs"] = outcome.sync.probe_max_abs
         row |= step_metrics.router_losses([r.router_losses for r in outcome.results])
         self._report_failures(step, records)

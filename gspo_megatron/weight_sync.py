@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.data.exchange import distribute
+from gspo_megatron.errors import CauseError
 from gspo_megatron.job import Job
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.rollout.engine import SamplingParams
@@ -33,7 +34,8 @@ class SyncReport:
     """What one hand-over of the weights came to."""
 
     num_bytes: int  # the weights as each engine gets them
-    probe_max_abs: float | None = None  # largest |engine - trainer| of the probe's log-probabilities; None: not probed
+    is_probed: bool = False
+    probe_max_abs: float | None = None  # largest |engine - trainer| of the probe's log-probabilities, if it came to one
 
 
 def sync_weights(policy: MegatronPolicy, job: Job, version: int) -> SyncReport:
@@ -42,6 +44,8 @@ def sync_weights(policy: MegatronPolicy, job: Job, version: int) -> SyncReport:
     plan = policy.weights.plan(feeding.feeds, dtype=feeding.dtype, bucket_bytes=feeding.bucket_bytes)
     complete = False
     while not complete:
+        if job.config.sglang.colocate:
+            policy.make_room()
         if engine is not None:
             engine.pause()
             engine.begin_update(version)
@@ -51,7 +55,7 @@ def sync_weights(policy: MegatronPolicy, job: Job, version: int) -> SyncReport:
         complete = engine is None or engine.end_update(policy.export)
     if engine is not None:
         engine.resume()
-    return SyncReport(plan.num_bytes, probe(policy, job))
+    return SyncReport(plan.num_bytes, is_probed=_is_probed(job), probe_max_abs=probe(policy, job))
 
 
 def generate(
@@ -72,6 +76,7 @@ def generate(
         if not isinstance(job.engine, SGLangEngine):
             assert lost == 0
             break
+        job.engine.wait_for_all()
         total = torch.tensor(lost, device=job.device)
         dist.all_reduce(total, group=job.groups.world)
         if total == 0:
@@ -79,7 +84,8 @@ def generate(
         in_vain = in_vain + 1 if total == before else 0
         before = int(total)
         if restore is None or in_vain > job.config.sglang.retries:
-            raise RuntimeError(f"{before} prompts could not be answered by any server")
+            reasons = dict.fromkeys(reason for reasons in job.all_gather(job.engine.reasons) for reason in reasons)
+            raise CauseError(f"{before} prompts could not be answered by any server: {'; '.join(reasons)}")
         if job.groups.rank == 0:
             logger.warning("%d prompts wait for servers that were lost", before)
         restore()
@@ -92,8 +98,9 @@ def probe(policy: MegatronPolicy, job: Job) -> float | None:
     Collective. Each head asks some of the servers; a mapping that moves weights to the wrong place shows here.
     """
     engine, config = job.engine, job.config
-    if not isinstance(engine, SGLangEngine) or config.sglang.probe_prompts == 0 or not isinstance(config, TrainConfig):
+    if not _is_probed(job):
         return None
+    assert isinstance(engine, SGLangEngine) and isinstance(config, TrainConfig)
     layout = job.groups.layout
     sequences: list[TrainSequence] = []
     asked = 0
@@ -121,7 +128,7 @@ def probe(policy: MegatronPolicy, job: Job) -> float | None:
     counts = torch.tensor([asked, len(sequences)], device=job.device)
     dist.all_reduce(counts, group=job.groups.world)
     if counts[0] != counts[1]:
-        return None  # a server was lost meanwhile; the next generation finds out
+        return None  # the engine has said why
     gaps = _gaps(policy, job, sequences)
     if job.groups.rank == 0 and float(gaps.median()) > PROBE_WARNING:
         logger.warning(
@@ -131,6 +138,11 @@ def probe(policy: MegatronPolicy, job: Job) -> float | None:
             float(gaps.median()),
         )
     return float(gaps.max())
+
+
+def _is_probed(job: Job) -> bool:
+    is_training = isinstance(job.config, TrainConfig)
+    return isinstance(job.engine, SGLangEngine) and is_training and job.config.sglang.probe_prompts > 0
 
 
 def _gaps(policy: MegatronPolicy, job: Job, sequences: list[TrainSequence]) -> torch.Tensor:

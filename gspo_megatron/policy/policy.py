@@ -136,6 +136,14 @@ class MegatronPolicy:
                 chunk.offload_grad_buffers()
         return self.weights.export(plan)
 
+    def make_room(self) -> None:
+        """Give up device memory that is needed again only in the next step, before an engine on the device takes it."""
+        if self.memory.offload_gradients:
+            for chunk in self.chunks:
+                chunk.offload_grad_buffers()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _finish_parameters(self) -> None:
         """Wait for parameters whose gathering was left to the next forward pass."""
         if self.settings.overlap_param_gather:

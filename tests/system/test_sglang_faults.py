@@ -352,7 +352,8 @@ def test_servers_of_others_die_one_after_the_other(runs: Any, servers: ServerMan
     check_struck(outcome)
     check_went_on(outcome)
     assert f"going on with 1 of 2 servers: SGLang server {urls(servers, 0)}" in outcome.stderr
-    outcome = runs(fault, servers, **{"sglang.addresses": urls(servers, 1)}).wait()
+    settings = {"sglang.addresses": urls(servers, 1), "sglang.start_timeout_s": "5"}
+    outcome = runs(fault, servers, **settings).wait()
     check_struck(outcome)
     check_stopped(outcome, "no server is left", urls(servers, 1), limit_s=30.0)
 

@@ -105,7 +105,9 @@ class ServerClient:
 
     async def set_version(self, version: int) -> None:
         """Name the present weights. Requests that run go on (by default the server would abort them)."""
-        await self._update("/update_weight_version", {"new_version": self.names.name(version), "abort_all_requests": False})
+        await self._update(
+            "/update_weight_version", {"new_version": self.names.name(version), "abort_all_requests": False}
+        )
 
     async def init_group(
         self, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, backend: str

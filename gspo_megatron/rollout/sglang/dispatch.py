@@ -15,7 +15,7 @@ from gspo_megatron.errors import UserError
 from gspo_megatron.rollout.engine import SamplingParams
 from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError, ServerRefused, ServerUnavailable
 from gspo_megatron.rollout.sglang.client import ServerClient
-from gspo_megatron.rollout.sglang.generation import BadAnswer, request_of, rollouts_of
+from gspo_megatron.rollout.sglang.generation import BadAnswer, WrongVersion, request_of, rollouts_of
 from gspo_megatron.rollout.sglang.version import OtherRun
 from gspo_megatron.types import Group, Prompt
 from gspo_megatron.weights.families.base import ModelFields
@@ -220,8 +220,9 @@ class Dispatch:
             self._groups[index] = task.result()
             state.member.suspect = False
         elif isinstance(error, BadAnswer):
-            # Not trained on; another server may be sound.
-            self._give_up(state, ServerRefused(state.member.address, "/generate", str(error)), final=True, close=False)
+            # Not trained on; another server may be sound. This one is too when it gets the weights that it lacks.
+            kind = ServerUnavailable if isinstance(error, WrongVersion) else ServerRefused
+            self._give_up(state, kind(state.member.address, "/generate", str(error)), final=True, close=False)
             self._again(index)
         elif isinstance(error, ServerUnavailable):
             self._give_up(state, error, close=False)

@@ -20,13 +20,14 @@ import torch.distributed as dist
 
 from gspo_megatron.config import SGLangConfig
 from gspo_megatron.device import current_device
-from gspo_megatron.errors import UserError
+from gspo_megatron.errors import CauseError, UserError
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.rollout.engine import Export, Feeding, SamplingParams
 from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError, ServerRefused
-from gspo_megatron.rollout.sglang.client import INFO_TIMEOUT_S, ServerClient
+from gspo_megatron.rollout.sglang.client import PARTLY_LOADED, ServerClient
 from gspo_megatron.rollout.sglang.manager import ServerManager
 from gspo_megatron.rollout.sglang.pool import ServerPool
+from gspo_megatron.rollout.sglang.roll_call import RollCall
 from gspo_megatron.rollout.sglang.served_model import ServedModel
 from gspo_megatron.rollout.sglang.transports.base import Feed, Meetings, Transport, TurnLost, Turns
 from gspo_megatron.rollout.sglang.weight_check import ServerChecksums, WeightCheck
@@ -59,9 +60,9 @@ class SGLangEngine:
     ) -> None:
         """`manager` at rank 0, of servers that it may restart."""
         self.config, self.groups, self.pool = config, groups, pool
-        self.served = {s.address: s for s in served}
-        self.feeds, self.transport, self.turns, self.meetings = list(feeds), transport, turns, meetings
-        self.weight_check, self.num_experts, self.manager = weight_check, num_experts, manager
+        self.roll = RollCall(config, pool, served, feeds, manager)
+        self.transport, self.turns, self.meetings = transport, turns, meetings
+        self.weight_check, self.num_experts = weight_check, num_experts
         [dtype] = {s.dtype for s in served}
         self.feeding = Feeding([list(f.ranks) for f in feeds], dtype, config.bucket_mb * 2**20)
         self._version, self._next_version = -1, -1
@@ -69,8 +70,12 @@ class SGLangEngine:
         self._attempts = 0  # at the present update
         self._errors: list[Exception] = []  # this rank's, of the present attempt
         self._failures: list[str] = []  # all ranks', of the present attempt
+        self._refused = False  # whether they are all refusals
         self._turn_lost = False  # this rank gave up because another one failed
-        self._half_done = True  # an attempt may have left something open; at first, that of a trainer that was killed
+        # An attempt may have left something open, or a server is new; at first, that of a trainer that was killed.
+        self._half_done = True
+        self._updates = 0  # complete ones
+        self.reasons: list[str] = []  # why the last `generate` of this rank was not answered by every server
         self._plan: ReshardPlan | None = None
         self._sending: Future[None] | None = None
         self._sender = ThreadPoolExecutor(1, "weights", _use_device, (current_device(),))
@@ -85,6 +90,11 @@ class SGLangEngine:
         return f"sglang {some.sglang_version}, {count} server{'s' if count > 1 else ''} of TP{some.layout.tensor}"
 
     @property
+    def served(self) -> dict[ServerAddress, ServedModel]:
+        """The servers that take part."""
+        return self.roll.served
+
+    @property
     def version(self) -> int:
         """Version of the weights that all servers hold; -1 before the first update."""
         return self._version
@@ -96,21 +106,36 @@ class SGLangEngine:
     # -- generation ---------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Group | None]:
-        """Responses to each prompt; None where no server could give them. Not collective: each head has its own."""
+        """Responses to each prompt; None where servers were lost. Not collective: each head has its own.
+
+        Raises:
+            CauseError: servers gave no usable answers, though they are well; with what was wrong.
+        """
         assert self._version >= 0, "generate before the first complete update"
         generated = self.pool.generate(
             prompts, params, version=self._version, routed_experts=self.config.routed_experts
         )
-        for error in generated.errors:
-            logger.warning("%s", error)
+        self.reasons = [str(error) for error in generated.errors]
+        missing = generated.groups.count(None)
+        if missing and generated.errors and all(isinstance(e, ServerRefused) for e in generated.errors):
+            raise CauseError(f"{missing} prompts could not be answered by any server: {'; '.join(self.reasons)}")
+        for reason in self.reasons:
+            logger.warning("%s", reason)
         return generated.groups
+
+    def wait_for_all(self) -> None:
+        """Until all ranks are here, however long others generate. A rank that fails ends the others by itself."""
+        self.meetings.wait(_GENERATION_S)
 
     def probe(
         self, prompts: Sequence[Prompt], params: SamplingParams, servers: Sequence[int]
     ) -> list[list[Group | None]]:
         """Responses of each of these servers by itself. Not collective."""
         addresses = list(self.served)
-        return [self.pool.generate(prompts, params, version=self._version, only=addresses[i]).groups for i in servers]
+        answers = [self.pool.generate(prompts, params, version=self._version, only=addresses[i]) for i in servers]
+        for error in (error for answer in answers for error in answer.errors):
+            logger.warning("the probe of weight update %d: %s", self._version, error)
+        return [answer.groups for answer in answers]
 
     def rest(self) -> None:
         """Give the servers' device memory to the trainer, with sglang.colocate."""
@@ -120,8 +145,12 @@ class SGLangEngine:
         async def release(client: ServerClient) -> None:
             await client.pause("abort")
             await client.flush_cache()
-            await client.release_memory(_MEMORY)
-            self._released[client.address] = set(_MEMORY)
+            self._released[client.address] = set(_MEMORY)  # also where the answer is late
+            try:
+                await client.release_memory(_MEMORY)
+            except ServerRefused:
+                del self._released[client.address]
+                raise
 
         self._start_attempt()
         self._drive_each(release)
@@ -135,10 +164,11 @@ class SGLangEngine:
         """Stop all servers and empty their caches. Those that are lost are started again, or left out."""
         self._start_attempt()
         if self._is_driver:
-            self._guard(self._replace_lost)
+            self._guard(self._call_roll)
         self._agree()
         self._stop_if_failed("bring back servers that were lost")
         self._share_addresses()
+        self.turns.forget()
         self._drive(
             lambda c: c.pause("abort"), lambda c: c.flush_cache(), lambda c: self._give_memory_back(c, _MEMORY[:1])
         )
@@ -175,7 +205,7 @@ class SGLangEngine:
         `export` gathers the weights that are checked.
 
         Raises:
-            RuntimeError: the update failed too often.
+            CauseError: the update failed too often.
             UserError: a server's model is another one.
         """
         self._wait_sent()
@@ -206,7 +236,7 @@ class SGLangEngine:
         self._agree()
         self._stop_if_failed("let the servers go on")
         self._resting, self._half_done, self._attempts = False, False, 0
-        self._version = self._next_version
+        self._version, self._updates = self._next_version, self._updates + 1
         for address in self.served:
             self.pool.mark_back(address)
 
@@ -224,8 +254,9 @@ class SGLangEngine:
 
     def _open_transport(self, plan: ReshardPlan) -> None:
         """Every sender in turn: a server joins one group at a time."""
-        senders = [(number, rank) for number in range(len(self.feeds)) for rank in plan.senders(number)]
-        mine = next((f for f in self.feeds if self.groups.rank in f.ranks), None)
+        feeds = self.roll.feeds
+        senders = [(number, rank) for number in range(len(feeds)) for rank in plan.senders(number)]
+        mine = next((f for f in feeds if self.groups.rank in f.ranks), None)
         if self._failures:
             return  # known to all: nobody joins
         if not any(rank == self.groups.rank for _, rank in senders):
@@ -271,7 +302,7 @@ class SGLangEngine:
 
     def _check(self, export: Export) -> None:
         """Compare checksums of the servers' parameters with those that the trainer's weights must have there."""
-        chosen, skipped = self.weight_check.choose(self._next_version, is_first=self._version < 0)
+        chosen, skipped = self.weight_check.choose(self._updates, whole=self._half_done)
         if not chosen:
             return
         assert self._plan is not None
@@ -356,18 +387,18 @@ class SGLangEngine:
 
     def _stop_if_failed(self, what: str) -> None:
         if self._failures:
-            raise RuntimeError(f"could not {what}: {'; '.join(self._failures)}")
+            raise CauseError(f"could not {what}: {'; '.join(self._failures)}")
 
     def _give_up_or_go_on(self) -> None:
         """After a failed attempt: say so and let another one follow, or raise."""
         reasons = "; ".join(self._failures)
         update = f"weight update {self._next_version}"
-        if self._refused and self._version < 0 and "partially updated" in reasons:
+        if self._refused and self._version < 0 and PARTLY_LOADED in reasons:
             raise UserError(
                 f"{reasons}; the server's model has other shapes than model.path: start it with the same one"
             )
         if self._attempts > self.config.retries:
-            raise RuntimeError(
+            raise CauseError(
                 f"{update} failed {self._attempts} times; the servers stay paused and hold no usable weights: {reasons}"
             )
         if self._is_driver:
@@ -381,41 +412,22 @@ class SGLangEngine:
         if self._is_driver and self.transport.needs_session:
             self._on_all(lambda c: c.end_update())  # an open one would refuse the next; none may be open
 
-    def _replace_lost(self) -> None:
-        """Rank 0: servers that don't answer are started again; of others' servers the rest goes on."""
-        limit_s = min(INFO_TIMEOUT_S, self.config.update_timeout_s)
-        answers = self._on_all(lambda c: c.server_info(limit_s))  # asks the server's scheduler
-        lost = [c.address for c, a in zip(self.pool.clients, answers, strict=True) if isinstance(a, ServerError)]
-        if not lost:
-            return
-        self._half_done = True  # a group with a lost server is of no use
-        for address in lost:
+    def _call_roll(self) -> None:
+        """Rank 0: bring back the servers that are lost, or leave them out."""
+        for address in self.roll.call(self.pool.names, self._version):
+            self._half_done = True  # a group of which it was a member is of no use
             self._released.pop(address, None)
-        reasons = "; ".join(str(a) for a in answers if isinstance(a, ServerError))
-        if self.manager is not None:
-            logger.warning("%d of %d servers are lost and are started again: %s", len(lost), len(self.served), reasons)
-            indices = [index for index, address in enumerate(self.served) if address in lost]
-            with ThreadPoolExecutor(len(indices)) as starting:
-                list(starting.map(self.manager.restart, indices))
-            return
-        left = [address for address in self.served if address not in lost]
-        if not left:
-            raise RuntimeError(f"no server is left: {reasons}")
-        logger.warning("going on with %d of %d servers: %s", len(left), len(self.served), reasons)
-        self.pool.set_addresses(left)
 
     def _share_addresses(self) -> None:
         """All ranks speak to the servers that rank 0 does, and know whether any of them is new."""
-        shared: list[Any] = [([c.address for c in self.pool.clients], self._half_done) if self._is_driver else None]
+        shared: list[Any] = [(self.roll.addresses, self._half_done) if self._is_driver else None]
         dist.broadcast_object_list(shared, src=0, group=self.groups.world)
         addresses, self._half_done = shared[0]
-        if addresses != list(self.served):
-            self.served = {a: self.served[a] for a in addresses}
-            self.feeds = [Feed(f.ranks, tuple(a for a in f.servers if a in addresses)) for f in self.feeds]
-            if not self._is_driver:
-                self.pool.set_addresses(addresses)
+        if addresses != self.roll.addresses:
+            self.roll.take(addresses)
 
 
+_GENERATION_S = 86_400.0
 _MEMORY = ("weights", "kv_cache", "cuda_graph")
 
 

@@ -39,6 +39,10 @@ class BadAnswer(ValueError):
     """An answer that must not be trained on. The message holds the value and, where there is one, the remedy."""
 
 
+class WrongVersion(BadAnswer):
+    """A response by other weights than asked for: the server was started again, or missed an update."""
+
+
 @dataclass(frozen=True)
 class _Answer:
     """What is read of one answer."""
@@ -107,7 +111,7 @@ def rollouts_of(
                 encoded = body["meta_info"].get("routed_experts")
                 routes, routes_valid = _routes(encoded, len(prompt.token_ids), answer, fields)
         except BadAnswer as error:
-            raise BadAnswer(f"prompt {prompt.id}: {error}") from None
+            raise type(error)(f"prompt {prompt.id}: {error}") from None
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             said = f"{type(error).__name__}: {error}"
             raise BadAnswer(f"prompt {prompt.id}: an answer of another form ({said})") from error
@@ -130,9 +134,7 @@ def rollouts_of(
     return rollouts
 
 
-def _read(
-    prompt: Prompt, body: Mapping[str, Any], params: SamplingParams, vocab_size: int | None
-) -> _Answer:
+def _read(prompt: Prompt, body: Mapping[str, Any], params: SamplingParams, vocab_size: int | None) -> _Answer:
     meta = body["meta_info"]
     if meta.get("prompt_tokens", len(prompt.token_ids)) != len(prompt.token_ids):
         raise BadAnswer(f"the server read {meta['prompt_tokens']} of {len(prompt.token_ids)} prompt tokens")
@@ -199,8 +201,8 @@ def _versions(meta: Mapping[str, Any], length: int, version: int, names: Version
     except ValueError as error:
         raise BadAnswer(str(error)) from None
     if version not in [number for number, _, _ in found]:
-        names = " and ".join(str(number) for number, _, _ in found)
-        raise BadAnswer(f"the response is by weights of version {names}, not {version}")
+        said = " and ".join(str(number) for number, _, _ in found)
+        raise WrongVersion(f"the response is by weights of version {said}, not {version}")
     ends = [0, *(end for _, _, end in found)]
     if [start for _, start, _ in found] != ends[:-1] or ends[-1] != length:
         raise BadAnswer(f"weight versions {spans!r} do not cover {length} tokens")

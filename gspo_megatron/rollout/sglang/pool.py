@@ -43,7 +43,7 @@ class ServerPool:
         `run`: see `VersionNames`. `fields` of the model let tokens and experts be checked; routed experts need them.
         """
         self._config, self._first, self._fields = config, first, fields
-        self._names = VersionNames(run)
+        self.names = VersionNames(run)
         self._limit = max(1, config.max_concurrent // share)
         self._timing = timing or Timing()
         self._dispatch: Dispatch | None = None
@@ -68,7 +68,7 @@ class ServerPool:
             self._session,
             request_timeout_s=self._config.request_timeout_s,
             update_timeout_s=self._config.update_timeout_s,
-            names=self._names,
+            names=self.names,
         )
 
     @property

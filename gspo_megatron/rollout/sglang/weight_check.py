@@ -26,17 +26,19 @@ class WeightCheck:
         self._layers = sorted({int(p.name.split(".")[2]) for p in parameters if p.name.startswith("model.layers.")})
         self._plans: dict[tuple[object, ...], ReshardPlan] = {}
 
-    def choose(self, version: int, *, is_first: bool) -> tuple[list[ServerParameter], list[str]]:
-        """What is checked after the update to `version`, and parts of names that only other parameters have.
+    def choose(self, turn: int, *, whole: bool) -> tuple[list[ServerParameter], list[str]]:
+        """What is checked after an update, and parts of names that only other parameters have.
 
-        The first update is checked whole: a wrong mapping shows there.
+        Args:
+            turn: number of updates before it.
+            whole: check everything with "sampled" too, e.g. after the first update, where a wrong mapping shows.
         """
         if self.check == "off":
             return [], []
-        if self.check == "full" or is_first:
+        if self.check == "full" or whole:
             return self.parameters, []
         every = min(CHECK_EVERY, len(self._layers))
-        skipped = [f"model.layers.{i}." for i in self._layers if i % every != version % every]
+        skipped = [f"model.layers.{i}." for i in self._layers if i % every != turn % every]
         return [p for p in self.parameters if not p.name.startswith(tuple(skipped))], skipped
 
     def plan(self, update: ReshardPlan, chosen: Sequence[ServerParameter]) -> ReshardPlan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from aiohttp import web
 from fake_sglang_server import FakeServer
 
 from gspo_megatron.config import SGLangConfig
-from gspo_megatron.errors import UserError
+from gspo_megatron.errors import CauseError, UserError
 from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.rollout.engine import SamplingParams
 from gspo_megatron.rollout.sglang.address import ServerAddress, ServerUnavailable
@@ -85,6 +84,7 @@ class Policy:
 
     def __init__(self) -> None:
         self.tensors, self.weights = whole_model(), self
+        self.made_room = False
 
     def plan(self, feeds: Sequence[Sequence[int]], *, dtype: torch.dtype, bucket_bytes: int) -> ReshardPlan:
         return plan_reshard(
@@ -96,6 +96,9 @@ class Policy:
             dtype=dtype,
             bucket_bytes=SENT_BYTES,
         )
+
+    def make_room(self) -> None:
+        self.made_room = True
 
     def export(self, plan: ReshardPlan) -> Iterator[Any]:
         for number, step in enumerate(plan.steps):
@@ -135,6 +138,8 @@ class Servers:
             tags = " " + "+".join(body["tags"]) if path.endswith("memory_occupation") else ""
             if path != "/server_info":
                 self.log.append((index, path + tags))
+            if path == "/update_weight_version":
+                self.fakes[index].version = body["new_version"]
             if self.refusals.get(path, 0) > 0:
                 self.refusals[path] -= 1
                 return web.json_response({"success": False, "message": "no"}, status=400)
@@ -210,6 +215,7 @@ class FakeManager:
         if not self.works:
             raise ServerUnavailable(fake.address, "restart", "it has ended again")
         fake.live_again()
+        fake.version = "default"
 
 
 class Stage:
@@ -219,7 +225,9 @@ class Stage:
         self.servers = Servers(count)
         self.transport, self.manager = FakeTransport(self.servers), FakeManager(self.servers)
         self.config = SGLangConfig(
-            **{"probe_prompts": 0, "update_timeout_s": 2.0, "request_timeout_s": 2.0, "transport": "tensor", **settings}
+            **{"probe_prompts": 0, "update_timeout_s": 2.0, "request_timeout_s": 2.0, "start_timeout_s": 1.0}
+            | {"transport": "tensor"}
+            | settings
         )
         addresses = [fake.address for fake in self.servers.fakes]
         self.pool = ServerPool(addresses, self.config)
@@ -243,6 +251,7 @@ class Stage:
             engine=self.engine,
             feeding=self.engine.feeding,
             groups=groups,
+            all_gather=lambda record: [record],
             device=torch.device("cpu"),
             config=SimpleNamespace(sglang=self.config),
         )
@@ -362,7 +371,7 @@ def test_a_wrong_checksum_fails_the_update_and_is_named(build: Callable[..., Sta
 
 def test_the_first_update_is_checked_whole_and_later_ones_layer_by_layer(build: Callable[..., Stage]) -> None:
     stage = build()
-    for version in range(2 * LAYERS):
+    for version in range(0, 2 * LAYERS * LAYERS, LAYERS):  # as an evaluation now and then has them
         stage.sync(version)
     first, *later = stage.servers.skipped
     assert first is None
@@ -403,6 +412,36 @@ def test_colocated_servers_rest_and_get_their_memory_back_in_two_parts(build: Ca
     stage.again()
     stage.sync(2)
     assert stage.calls() == ORDER
+
+
+def test_the_trainer_makes_room_before_colocated_servers_take_their_memory_back(build: Callable[..., Stage]) -> None:
+    stage = build(colocate=True)
+    stage.sync(0)
+    stage.engine.rest()
+    stage.again()
+    stage.policy.make_room = lambda: stage.servers.log.append((-1, "room"))  # type: ignore[method-assign]
+    stage.sync(1)
+    assert stage.calls()[0] == "room" and WEIGHTS in stage.calls()
+    alone = build()
+    alone.sync(0)
+    assert not alone.policy.made_room, "an engine with memory of its own needs none of the trainer's"
+
+
+def test_a_release_whose_answer_is_late_is_given_back(build: Callable[..., Stage]) -> None:
+    stage = build(colocate=True)
+    stage.sync(0)
+    fake = stage.servers.fakes[0]
+    usual = fake.answers.pop("/release_memory_occupation")
+
+    def late(body: Any) -> web.Response:
+        usual(body)
+        return web.Response(status=503)
+
+    fake.answers["/release_memory_occupation"] = late
+    stage.engine.rest()
+    stage.again()
+    stage.sync(1)
+    assert [c for c in stage.calls() if "occupation" in c] == [WEIGHTS, REST]
 
 
 def test_servers_with_memory_of_their_own_do_not_rest(build: Callable[..., Stage]) -> None:
@@ -482,12 +521,68 @@ def test_a_lost_server_of_others_is_left_out(build: Callable[..., Stage], caplog
     assert gone.address.url in said
 
 
-def test_without_any_server_the_run_ends_at_once(build: Callable[..., Stage]) -> None:
+def test_a_server_of_others_that_is_back_takes_part_and_is_checked_whole(
+    build: Callable[..., Stage], caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = build(2)
+    stage.sync(0)
+    back = stage.servers.fakes[1]
+    back.die()
+    stage.sync(1)
+    stage.again()
+    back.live_again()
+    back.version = "default"
+    stage.sync(2)
+    assert stage.addresses == list(stage.engine.served) == [fake.address for fake in stage.servers.fakes]
+    assert stage.transport.feed == Feed((0,), tuple(stage.addresses))
+    assert stage.calls(1) == [*ORDER[:2], "reset", "/end_weight_update", *ORDER[2:]]
+    assert stage.servers.skipped[-1] is None
+    assert any(f"going on with 2 of 2 servers; back: {back.address.url}" in r.message for r in caplog.records)
+    stage.again()
+    stage.sync(3)
+    assert stage.calls(1) == ORDER
+
+
+def test_a_server_that_was_started_again_unnoticed_gets_a_new_group_and_is_checked_whole(
+    build: Callable[..., Stage],
+) -> None:
+    stage = build()
+    stage.sync(0)
+    stage.again()
+    stage.servers.fakes[0].version = "default"
+    stage.sync(1)
+    assert stage.calls() == [*ORDER[:2], "reset", "/end_weight_update", *ORDER[2:]]
+    assert stage.servers.skipped[-1] is None
+
+
+def test_a_server_that_another_run_uses_ends_the_run(build: Callable[..., Stage]) -> None:
+    stage = build()
+    stage.servers.fakes[0].version = "cd34-0"  # of a run that has ended
+    stage.sync(0)
+    stage.servers.fakes[0].version = "cd34-1"
+    with pytest.raises(UserError, match=f"{stage.addresses[0].url}: .*'cd34-1'.* two runs use this server"):
+        stage.sync(1)
+
+
+def test_the_last_server_of_others_is_waited_for(build: Callable[..., Stage]) -> None:
+    """`serve` starts it again."""
+    stage = build(start_timeout_s=30.0)
+    stage.sync(0)
+    only = stage.servers.fakes[0]
+    only.die()
+    starting = threading.Timer(1.5, only.live_again)
+    starting.start()
+    stage.sync(1)
+    starting.join()
+    assert stage.engine.version == 1 and stage.addresses == [only.address]
+
+
+def test_without_any_server_the_run_ends(build: Callable[..., Stage]) -> None:
     stage = build(retries=3)
     stage.sync(0)
     sent = stage.transport.sent
     stage.servers.fakes[0].die()
-    with pytest.raises(RuntimeError, match=rf"no server is left: .*{stage.addresses[0].url}"):
+    with pytest.raises(CauseError, match=rf"no server is left, and none came back .*{stage.addresses[0].url}"):
         stage.sync(1)
     assert stage.transport.sent == sent
 
@@ -533,18 +628,29 @@ def test_what_no_server_could_answer_is_asked_for_again_after_a_new_hand_over(bu
     assert asked.count(4) == 2 and asked[-1] == 5
 
 
-def test_generation_that_comes_to_nothing_ends(build: Callable[..., Stage], caplog: pytest.LogCaptureFixture) -> None:
-    """A server that is well and whose answers are not."""
-    stage = build(retries=2)
+@pytest.mark.parametrize(
+    ("fault", "reason", "times"), [("nan", "weights may hold NaN", 0), ("500", "/generate failed: 500", 1)]
+)
+def test_generation_that_comes_to_nothing_ends_and_says_why(
+    build: Callable[..., Stage], fault: str, reason: str, times: int
+) -> None:
+    """Weights are handed over again to servers that were lost, not to those that are well and answer nonsense."""
+    stage = build(retries=0)
     stage.sync(0)
-    stage.servers.fakes[0].faults.extend(["nan"] * 100)
+    stage.servers.fakes[0].faults.extend([fault] * 100)
     handed_over: list[int] = []
-    with (
-        caplog.at_level(logging.WARNING),
-        pytest.raises(RuntimeError, match="2 prompts could not be answered by any server"),
-    ):
+    with pytest.raises(CauseError, match=rf"2 prompts could not be answered by any server: .*({reason})"):
         generate(stage.job, [Prompt(i, "", [3], None) for i in range(2)], PARAMS, lambda: handed_over.append(1))
-    assert len(handed_over) == 3
+    assert len(handed_over) == times
+
+
+def test_weights_of_another_version_are_handed_over_again(build: Callable[..., Stage]) -> None:
+    """The server was started again in the meantime."""
+    stage = build()
+    stage.sync(0)
+    stage.servers.fakes[0].version = "default"
+    groups = generate(stage.job, [Prompt(7, "", [3, 4], None)], PARAMS, lambda: stage.sync(0))
+    assert [group.prompt.id for group in groups] == [7]
 
 
 # -- ranks that wait for each other -----------------------------------------------------------------------------------
@@ -567,6 +673,25 @@ def test_ranks_meet() -> None:
         ranks[0].wait()
     thread.join()
     assert passed == [0, 1, 2]
+
+
+def test_meetings_and_turns_leave_nothing_in_the_store() -> None:
+    store = dist.HashStore()
+    meetings, turns = Meetings(store, 1, 5.0), Turns(store, 1.0)
+    for number in range(3):
+        meetings.wait()
+        turns.end(f"turn/{number}")
+    assert store.num_keys() == 2 + 3
+    turns.forget()
+    assert store.num_keys() == 2
+
+
+def test_a_rank_may_be_waited_for_longer_than_usual() -> None:
+    store = dist.HashStore()
+    late = threading.Timer(0.5, Meetings(store, 2, 0.2).wait)
+    late.start()
+    Meetings(store, 2, 0.2).wait(5.0)
+    late.join()
 
 
 def test_a_rank_that_does_not_come_is_not_waited_for_for_ever() -> None:

@@ -60,6 +60,7 @@ class Turns:
 
     def __init__(self, store: dist.Store, timeout_s: float) -> None:
         self._store, self._timeout = store, timedelta(seconds=timeout_s)
+        self._ended: list[str] = []
 
     def wait(self, key: str) -> None:
         """Return when the turn `key` is over.
@@ -78,6 +79,13 @@ class Turns:
     def end(self, key: str, *, failed: bool = False) -> None:
         """Let the next one send, or tell it not to."""
         self._store.set(key, "failed" if failed else "done")
+        self._ended.append(key)
+
+    def forget(self) -> None:
+        """Let go of this rank's turns so far. No rank may wait for them any more."""
+        ended, self._ended = self._ended, []
+        for key in ended:
+            self._store.delete_key(key)
 
 
 class Meetings:
@@ -87,8 +95,8 @@ class Meetings:
         self._store, self._world_size, self._timeout = store, world_size, timedelta(seconds=timeout_s)
         self._number = 0
 
-    def wait(self) -> None:
-        """Return when all ranks have called it as often as this one.
+    def wait(self, timeout_s: float = 0.0) -> None:
+        """Return when all ranks have called it as often as this one, within `timeout_s` if that is longer than usual.
 
         Raises:
             RuntimeError: one did not in time.
@@ -97,8 +105,12 @@ class Meetings:
         here, all_here = f"here/{self._number}", f"all/{self._number}"
         if self._store.add(here, 1) == self._world_size:
             self._store.set(all_here, "1")
+            if self._number > 1:  # all have left the meeting before
+                for name in ("here", "all"):
+                    self._store.delete_key(f"{name}/{self._number - 1}")
+        timeout = max(self._timeout, timedelta(seconds=timeout_s))
         try:
-            self._store.wait([all_here], self._timeout)
+            self._store.wait([all_here], timeout)
         except dist.DistStoreError as error:
-            seconds = self._timeout.total_seconds()
+            seconds = timeout.total_seconds()
             raise RuntimeError(f"a rank was not done with its servers within {seconds:g} s") from error
