@@ -22,16 +22,29 @@ _MODEL_KEYS = (
     "hidden_size",
     "intermediate_size",
     "moe_intermediate_size",
+    "attention_bias",
+    "hidden_act",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
     "num_experts",
     "num_local_experts",
+    "n_routed_experts",
+    "n_shared_experts",
     "num_experts_per_tok",
     "norm_topk_prob",
+    "n_group",
+    "topk_group",
+    "routed_scaling_factor",
+    "first_k_dense_replace",
     "decoder_sparse_step",
     "mlp_only_layers",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
     "tie_word_embeddings",
     "rms_norm_eps",
 )
@@ -48,6 +61,7 @@ class ServedModel:
     on_gpu: bool
     model_path: str
     sglang_version: str
+    overrides: str = "{}"  # JSON, of entries of config.json
 
 
 def read_served_model(address: ServerAddress, model: dict[str, Any], server: dict[str, Any]) -> ServedModel:
@@ -69,8 +83,8 @@ def read_served_model(address: ServerAddress, model: dict[str, Any], server: dic
     device, dtype = str(server.get("device")), str(server.get("dtype"))
     on_gpu = device != "cpu"
     if dtype == "auto":  # of the folder it loaded
-        config = _read_config(str(model.get("model_path"))) or {}
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+        config = _read_config(str(model.get("model_path")))
+        dtype = "the dtype of a folder that cannot be read here" if config is None else _automatic_dtype(config)
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"{address.url} runs in {dtype}; start it with --dtype float32 or bfloat16")
     return ServedModel(
@@ -80,7 +94,14 @@ def read_served_model(address: ServerAddress, model: dict[str, Any], server: dic
         on_gpu,
         str(model.get("model_path")),
         str(server.get("version", "of unknown version")),
+        str(server.get("json_model_override_args") or "{}"),
     )
+
+
+def _automatic_dtype(config: dict[str, Any]) -> str:
+    """By SGLang's rule."""
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return "float16" if dtype == "float32" else dtype
 
 
 def check_same_model(
@@ -92,7 +113,7 @@ def check_same_model(
 ) -> None:
     """Raise UserError unless the server serves the architecture of `folder`, with exactly these parameters.
 
-    Shapes are compared through the server's config.json where it can be read from here.
+    Sizes are compared through the server's config.json where it can be read from here.
     """
     url = served.address.url
     ours = _read_config(str(folder)) or {}
@@ -101,15 +122,7 @@ def check_same_model(
             f'{url} serves a "{model["model_type"]}" model, but model.path={folder} is a "{ours.get("model_type")}"; '
             "start the server with the same model"
         )
-    theirs = _read_config(served.model_path)
-    if theirs is not None:
-        different = [k for k in _MODEL_KEYS if k in ours and k in theirs and ours[k] != theirs[k]]
-        if different:
-            said = ", ".join(f"{k}={theirs[k]!r} instead of {ours[k]!r}" for k in different)
-            raise UserError(
-                f"{url} serves {served.model_path}, which is another model than model.path={folder}: {said}; start the "
-                "server with the same model"
-            )
+    _check_same_config(served, ours, folder)
     wanted, found = {p.name for p in parameters}, set(names)
     missing, extra = sorted(wanted - found), sorted(found - wanted)
     if missing or extra:
@@ -117,6 +130,40 @@ def check_same_model(
             f"{url} has other parameters than model.path={folder}: it lacks {_some(missing)}, and has {_some(extra)} "
             "that are not trained; start it with the same model, and without options that change its weights"
         )
+
+
+def _check_same_config(served: ServedModel, ours: dict[str, Any], folder: Path) -> None:
+    what = f"{served.address.url} serves {served.model_path}"
+    theirs = _read_config(served.model_path)
+    overrides = json.loads(served.overrides)
+    wanted, found = _compared(ours), _compared((theirs or ours) | overrides)
+    found |= {key: value for key, value in overrides.items() if key == "rope_theta"}  # also beside rope_parameters
+    different = [key for key in wanted if key in found and wanted[key] != found[key]]
+    if not different:
+        return
+    how, remedy = "", "start the server with the same model"
+    if overrides:
+        how, remedy = f" with --json-model-override-args '{served.overrides}'", f"{remedy}, and do not override that"
+    said = ", ".join(f"{key}={found[key]!r} instead of {wanted[key]!r}" for key in different)
+    raise UserError(f"{what}{how}, which is another model than model.path={folder}: {said}; {remedy}")
+
+
+def _compared(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config.json is compared, in one form whichever version of transformers wrote it."""
+    compared = {key: config[key] for key in _MODEL_KEYS if key in config}
+    # transformers 5 has rope_theta among the rope_parameters; where the older rope_scaling is there, it goes first.
+    newer = config.get("rope_parameters") or {}
+    rope = config.get("rope_scaling") or newer
+    theta = rope.get("rope_theta") or config.get("rope_theta") or newer.get("rope_theta")
+    compared |= {"rope_theta": theta} if theta else {}
+    compared["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
+    compared |= {f"rope {key}": value for key, value in rest.items() if value is not None}
+    # Where use_sliding_window is false or left out, the window has no effect.
+    compared["use_sliding_window"] = bool(config.get("use_sliding_window"))
+    if compared["use_sliding_window"]:
+        compared |= {key: config.get(key) for key in ("sliding_window", "max_window_layers")}
+    return compared
 
 
 def _read_config(folder: str) -> dict[str, Any] | None:
