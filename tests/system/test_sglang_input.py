@@ -55,9 +55,11 @@ def train(folder: Path, model: Path, *overrides: str) -> subprocess.CompletedPro
     )
 
 
-def refusal(done: subprocess.CompletedProcess[str]) -> str:
+def refusal(done: subprocess.CompletedProcess[str], *, warning: str = "") -> str:
     assert done.returncode == 2, done.stderr
     said = [line for line in done.stderr.splitlines() if line.strip()]
+    if warning:
+        assert warning in said.pop(0), done.stderr
     assert len(said) == 1 and said[0].startswith("error: "), done.stderr
     return said[0]
 
@@ -73,10 +75,14 @@ def test_another_model_missing_parameters_and_other_shapes(server: ServerAddress
 
     (served / "config.json").rename(served / "config.json.away")  # as where the server's disk can't be read from here
     try:
-        said = refusal(train(tmp_path, deeper, *at))
+        unread = "config.json cannot be read here"
+        said = refusal(train(tmp_path, deeper, *at), warning=unread)
         assert "it lacks 9 (" in said and "model.layers.3." in said
 
-        said = refusal(train(tmp_path, same_names, *at))
+        said = refusal(train(tmp_path, same_names, *at, "--sglang.transport", "tensor"))
+        assert unread in said and 'sglang.transport="tensor"' in said
+
+        said = refusal(train(tmp_path, same_names, *at), warning=unread)
         assert "other shapes than model.path" in said and server.url in said
     finally:
         (served / "config.json.away").rename(served / "config.json")

@@ -161,7 +161,8 @@ def _look_at_servers(
         assert isinstance(model, dict)
         if isinstance(ranks, ServerError):
             raise ranks
-        check_same_model(one, model, ranks[0]["checksums"], parameters, Path(config.model.path))
+        names, folder = ranks[0]["checksums"], Path(config.model.path)
+        check_same_model(one, model, names, parameters, folder, transport=config.sglang.transport)
     if len({s.dtype for s in served}) > 1:
         said = ", ".join(f"{s.address.url} {str(s.dtype).removeprefix('torch.')}" for s in served)
         raise UserError(f"the servers' weights have different dtypes ({said}); start all with the same --dtype")
@@ -253,4 +254,5 @@ def _transport(
         folder=folder,
         companions_from=Path(config.model.path),
         timeout_s=sglang.update_timeout_s,
+        servers_stay=bool(sglang.server_addresses),
     )

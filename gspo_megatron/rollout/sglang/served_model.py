@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from gspo_megatron.errors import UserError
 from gspo_megatron.rollout.sglang.address import ServerAddress
 from gspo_megatron.weights.server_layout import ServerLayout, ServerParameter
+
+logger = logging.getLogger(__name__)
 
 # Of config.json: what decides the parameters' names and shapes, and what the same weights compute with them.
 _MODEL_KEYS = (
@@ -110,10 +113,13 @@ def check_same_model(
     names: Iterable[str],
     parameters: Sequence[ServerParameter],
     folder: Path,
+    *,
+    transport: str,
 ) -> None:
     """Raise UserError unless the server serves the architecture of `folder`, with exactly these parameters.
 
-    Sizes are compared through the server's config.json where it can be read from here.
+    Sizes are compared through the server's config.json. Where it can't be read from here, only the transport
+    "distributed" is let through: other sizes are then refused by the server, which the other transports would end.
     """
     url = served.address.url
     ours = _read_config(str(folder)) or {}
@@ -122,7 +128,7 @@ def check_same_model(
             f'{url} serves a "{model["model_type"]}" model, but model.path={folder} is a "{ours.get("model_type")}"; '
             "start the server with the same model"
         )
-    _check_same_config(served, ours, folder)
+    _check_same_config(served, ours, folder, transport)
     wanted, found = {p.name for p in parameters}, set(names)
     missing, extra = sorted(wanted - found), sorted(found - wanted)
     if missing or extra:
@@ -132,9 +138,17 @@ def check_same_model(
         )
 
 
-def _check_same_config(served: ServedModel, ours: dict[str, Any], folder: Path) -> None:
+def _check_same_config(served: ServedModel, ours: dict[str, Any], folder: Path, transport: str) -> None:
     what = f"{served.address.url} serves {served.model_path}"
     theirs = _read_config(served.model_path)
+    if theirs is None and transport != "distributed":
+        raise UserError(
+            f"{what}, whose config.json cannot be read here to compare its sizes, and other ones would end the server "
+            f'over sglang.transport="{transport}"; start it with a model folder that this machine can read, or use '
+            '"distributed", over which it refuses them'
+        )
+    if theirs is None:
+        logger.warning("%s, whose config.json cannot be read here: its sizes are not compared before it is used", what)
     overrides = json.loads(served.overrides)
     wanted, found = _compared(ours), _compared((theirs or ours) | overrides)
     found |= {key: value for key, value in overrides.items() if key == "rope_theta"}  # also beside rope_parameters

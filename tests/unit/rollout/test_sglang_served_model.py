@@ -48,15 +48,15 @@ def served(folder: Path | str, **server: Any) -> ServedModel:
     return read_served_model(ADDRESS, {"model_path": str(folder)}, {"device": "cpu", "dtype": "bfloat16"} | server)
 
 
-def check(model: ServedModel, ours: Path) -> None:
-    check_same_model(model, {}, [], [], ours)
+def check(model: ServedModel, ours: Path, transport: str = "distributed") -> None:
+    check_same_model(model, {}, [], [], ours, transport=transport)
 
 
 @pytest.mark.parametrize("theirs", [NEWER, OLDER])
 def test_the_same_model_in_the_form_of_either_version(ours: Path, tmp_path: Path, theirs: dict[str, Any]) -> None:
     folder = write(tmp_path / "theirs", theirs)
-    check(served(folder), ours)
-    check(served(ours), folder)
+    check(served(folder), ours, "tensor")
+    check(served(ours), folder, "disk")
     # What is not compared may be overridden, and what is compared by what it is.
     overrides = json.dumps({"eos_token_id": [1, 2], "hidden_size": 64, "rope_theta": 10000})
     check(served(folder, json_model_override_args=overrides), ours)
@@ -105,6 +105,20 @@ def test_scaling_and_windows_are_compared_in_parts(tmp_path: Path) -> None:
 def test_an_overridden_base_is_taken_for_what_it_says(ours: Path) -> None:
     with pytest.raises(UserError, match=r"rope_theta=1000000.0 instead of 10000.0; .*, and do not override that"):
         check(served(ours, json_model_override_args='{"rope_theta": 1e6}'), ours)
+
+
+@pytest.mark.parametrize("transport", ["tensor", "disk"])
+def test_a_server_that_could_not_refuse_other_sizes_must_show_its_own(ours: Path, transport: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(served("/no/such"), ours, transport)
+    said = str(caught.value)
+    assert "serves /no/such, whose config.json cannot be read here" in said and f'transport="{transport}"' in said
+    assert 'a model folder that this machine can read, or use "distributed"' in said
+
+
+def test_a_server_that_refuses_other_sizes_need_not(ours: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check(served("/no/such"), ours)
+    assert "config.json cannot be read here" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,22 @@ class DiskTransport:
 
     needs_session = False  # the server opens one itself
 
-    def __init__(self, pool: ServerPool, *, rank: int, folder: Path, companions_from: Path, timeout_s: float) -> None:
-        """`folder` is this run's alone; `companions_from` has the model's config and tokenizer."""
-        self.pool, self.rank, self.timeout_s = pool, rank, timeout_s
+    def __init__(
+        self,
+        pool: ServerPool,
+        *,
+        rank: int,
+        folder: Path,
+        companions_from: Path,
+        timeout_s: float,
+        servers_stay: bool = False,
+    ) -> None:
+        """`folder` is this run's alone; `companions_from` has the model's config and tokenizer.
+
+        Servers call their model by the folder that they were sent last. Where they stay after the run, config and
+        tokenizer are left there for whoever asks what they serve.
+        """
+        self.pool, self.rank, self.timeout_s, self.servers_stay = pool, rank, timeout_s, servers_stay
         self.folder, self.companions_from = folder.absolute(), companions_from
         self._version, self._attempt, self._written = -1, 0, 0
 
@@ -74,7 +87,18 @@ class DiskTransport:
             for future in requests:
                 future.result()
         finally:
-            shutil.rmtree(complete, ignore_errors=True)
+            self._remove_weights(complete)
+        for earlier in self.folder.glob("version_*"):  # no server is called by them any more
+            if earlier != complete:
+                shutil.rmtree(earlier, ignore_errors=True)
+
+    def _remove_weights(self, folder: Path) -> None:
+        if not self.servers_stay:
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        for path in [folder / INDEX, *folder.glob("*.safetensors")]:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     async def _load(self, client: ServerClient, folder: str) -> None:
         await client.update_from_disk(folder, self._version)
@@ -92,5 +116,5 @@ class DiskTransport:
     def close(self) -> None:
         self.reset()
         for folder in (self.folder, self.folder.parent):
-            with contextlib.suppress(OSError):  # never made, or another's too
+            with contextlib.suppress(OSError):  # never made, not empty, or another's too
                 folder.rmdir()
