@@ -211,6 +211,8 @@ def test_params_are_overridden_one_by_one(write: Write) -> None:
         (["--task.params", "4"], ["--task.params.NAME VALUE"]),
         (["--algorithm.clip_low", "-1"], ["algorithm.clip_low=-1.0 must be positive"]),
         (["--sglang.addresses", "http://h:1, http://g:1,http://H:1/"], ["http://h:1 more than once; name each"]),
+        (["--rollout.temperature", "0"], ["rollout.temperature=0.0 must be positive"]),
+        (["--eval.temperature", "nan"], ["eval.temperature=nan must be positive"]),
         (["--sglang.colocate", "true"], ['sglang.transport="distributed"', "NCCL refuses", 'use transport "tensor"']),
         (["--sglang.addresses", " , ,"], ["sglang.addresses=' , ,' names no server; leave it out"]),
     ],

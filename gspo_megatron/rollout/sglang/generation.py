@@ -247,7 +247,7 @@ def _routes(encoded: str | None, in_prompt: int, answer: _Answer, fields: ModelF
 
 
 def check_sampling(
-    params: SamplingParams,
+    stop_token_ids: Sequence[int],
     *,
     preferred: Mapping[str, Any] | None = None,
     server_info: Mapping[str, Any] | None = None,
@@ -261,6 +261,7 @@ def check_sampling(
     passed over in silence.
 
     Args:
+        stop_token_ids: of the tokenizer.
         preferred: `preferred_sampling_params` of /model_info.
         server_info: the answer of /server_info.
         arguments: further arguments of the servers that are started here.
@@ -269,12 +270,7 @@ def check_sampling(
     Raises:
         UserError: with the value and the remedy.
     """
-    if not params.temperature > 0:
-        raise UserError(
-            f"rollout.temperature={params.temperature}: greedy responses have no probability to learn from; "
-            "use a positive temperature, e.g. 1.0"
-        )
-    if not params.stop_token_ids:
+    if not stop_token_ids:
         raise UserError(
             "there is no stop token: a response could never end; set eos_token_id in generation_config.json"
         )

@@ -19,7 +19,6 @@ from gspo_megatron.config import SftConfig, TrainConfig
 from gspo_megatron.device import current_device
 from gspo_megatron.errors import UserError
 from gspo_megatron.groups import ProcessGroups
-from gspo_megatron.rollout.engine import SamplingParams
 from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError, not_reached
 from gspo_megatron.rollout.sglang.api_key import find_api_key
 from gspo_megatron.rollout.sglang.command import first_server_gpu, split_arguments
@@ -172,16 +171,9 @@ def _look_at_servers(
 def _check_sampling(
     config: TrainConfig | SftConfig, model: dict[str, Any], info: dict[str, Any], stop_token_ids: tuple[int, ...]
 ) -> None:
-    params = SamplingParams(
-        num_samples=1,
-        temperature=config.eval.temperature,
-        max_response_tokens=config.rollout.max_response_tokens,
-        stop_token_ids=stop_token_ids,
-        seed=config.run.seed,
-    )
     is_ours = not config.sglang.server_addresses
     check_sampling(
-        params,
+        stop_token_ids,
         preferred=model.get("preferred_sampling_params"),
         server_info=info,
         arguments=split_arguments(config.sglang) if is_ours else (),
