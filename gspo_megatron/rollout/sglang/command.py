@@ -127,8 +127,11 @@ def split_arguments(config: SGLangConfig) -> list[str]:
         raise UserError(f"sglang.arguments={config.arguments!r} cannot be split: {error}") from None
     for argument in arguments:
         option = argument.partition("=")[0]
-        if option in _OWN_OPTIONS:
-            raise UserError(f"sglang.arguments may not set {option}; use {_OWN_OPTIONS[option]} instead")
+        # SGLang takes an option by any part from its beginning on. None of its other options is such a part.
+        own = next((name for name in _OWN_OPTIONS if len(option) > 2 and name.startswith(option)), None)
+        if own is not None:
+            also = "" if option in _OWN_OPTIONS else f", which may be {own}"
+            raise UserError(f"sglang.arguments may not set {option}{also}; use {_OWN_OPTIONS[own]} instead")
     return arguments
 
 

@@ -100,12 +100,24 @@ def test_the_user_s_arguments_come_last() -> None:
         ("--api-key abc", "may not set --api-key; use sglang.api_key_file"),
         ("--port=3", "may not set --port; use sglang.port"),
         ("--tp 2", "may not set --tp; use sglang.tensor"),
+        ("--hos 0.0.0.0", "may not set --hos, which may be --host; use sglang.host"),
+        ("--ho=0.0.0.0", "may not set --ho, which may be --host; use sglang.host"),
+        ("--admin-api-k x", "may not set --admin-api-k, which may be --admin-api-key; use sglang.api_key_file"),
+        (
+            "--tensor-parallel 2",
+            "may not set --tensor-parallel, which may be --tensor-parallel-size; use sglang.tensor",
+        ),
         ("--x 'open", "cannot be split"),
     ],
 )
 def test_arguments_that_have_a_key_of_their_own(arguments: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         command(arguments=arguments)
+
+
+def test_arguments_that_only_look_like_those() -> None:
+    given = ["--model-impl", "transformers", "--ep-dispatch-algorithm", "static", "--hicache-size=4", "-h", "--", "--y"]
+    assert command(arguments=" ".join(given))[-8:] == given
 
 
 # -- environment --
