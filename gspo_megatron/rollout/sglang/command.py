@@ -143,7 +143,7 @@ def split_arguments(config: SGLangConfig) -> list[str]:
 def first_server_gpu(config: TrainConfig | SftConfig) -> int:
     """The servers take this machine's GPUs behind those of its training ranks, unless they share them.
 
-    torchrun and SLURM say how many ranks run here; where nobody does, all do.
+    torchrun says how many ranks run here; where nobody does, all do.
     """
     if config.sglang.colocate:
         return 0
