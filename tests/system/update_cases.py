@@ -77,16 +77,15 @@ def _swap_experts(policy: MegatronPolicy) -> None:
 
 
 def _corrupt(policy: MegatronPolicy) -> None:
-    """Flip one bit of the first bucket of each plan that is sent; what is checked is left alone."""
+    """Flip one bit of the first bucket that each rank sends; what is checked is left alone."""
     export = policy.weights.export
+    sending: list[Any] = []  # the plan of the update: the first that is carried out
     sent = [0]
 
     def wrong(plan: Any, local: Any = None) -> Iterator[GatheredBucket]:
-        is_check = len(plan.feeds) == policy.groups.layout.world_size and len(plan.specs) != sum(
-            len(b.specs) for step in plan.steps for b in step.buckets
-        )
+        sending[:] = sending or [plan]
         for bucket in export(plan, local):
-            if not is_check and bucket.bucket is not None and sent[0] == 0:
+            if plan is sending[0] and bucket.bucket is not None and sent[0] == 0:
                 sent[0] += 1
                 yield _FlippedBucket(bucket)  # type: ignore[misc]
             else:

@@ -49,6 +49,7 @@ class Receiver:
         }
         self.groups: dict[str, tuple[dist.Store, Any]] = {}
         self.plain = torch.zeros(sum(2 * p.numel() for p in self.parameters.values()), dtype=torch.uint8)
+        self.version = "default"  # what the weights are called
         self.turn = asyncio.Lock()  # a server takes one bucket at a time
 
     def receive(self, body: dict[str, Any]) -> None:
@@ -91,8 +92,12 @@ def application(receiver: Receiver) -> web.Application:
     async def control(request: web.Request) -> web.Response:
         return web.json_response(done)
 
+    async def name(request: web.Request) -> web.Response:
+        receiver.version = (await request.json())["new_version"]
+        return web.json_response(done)
+
     async def model(request: web.Request) -> web.Response:
-        return web.json_response({"model_path": receiver.folder, "weight_version": "default"})
+        return web.json_response({"model_path": receiver.folder, "weight_version": receiver.version})
 
     async def server(request: web.Request) -> web.Response:
         return web.json_response({"tp_size": 1, "device": "cpu", "dtype": "bfloat16", "version": "bare receiver"})
@@ -130,7 +135,8 @@ def application(receiver: Receiver) -> web.Application:
         return web.json_response(done)
 
     app = web.Application(client_max_size=2**28)
-    app.add_routes([web.post(f"/{path}", control) for path in (*CONTROL, "update_weight_version")])
+    app.add_routes([web.post(f"/{path}", control) for path in CONTROL])
+    app.add_routes([web.post("/update_weight_version", name)])
     app.add_routes([web.get("/model_info", model), web.get("/server_info", server)])
     app.add_routes([web.post("/weights_checker", checksums), web.post("/plain", plain)])
     app.add_routes([web.post("/expect", expect), web.post("/arrived", arrived)])

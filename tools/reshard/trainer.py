@@ -330,8 +330,8 @@ class TimedWork:
     def is_completed(self) -> bool:
         return bool(self.work.is_completed())
 
-    def wait(self) -> None:
-        self.work.wait()
+    def wait(self, *timeout: Any) -> None:
+        self.work.wait(*timeout)
         self.parts["broadcast"] += time.perf_counter() - self.start
 
 

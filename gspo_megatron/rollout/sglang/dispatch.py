@@ -51,7 +51,7 @@ class Member:
         Raises:
             ServerUnavailable: it does not.
         """
-        # A router's /health_generate would ask all its workers.
+        # What a router's workers are up to shows in the requests; whatever it answers, it is there.
         check = self.client.model_info if self.client.paused or self.is_router else self.client.health_generate
         try:
             await check(timeout_s)
@@ -242,7 +242,8 @@ class Dispatch:
             self._errors.setdefault((error.address.url, error.reason), error)
         state.here = False
         state.final = state.final or final
-        state.member.suspect = isinstance(error, ServerUnavailable)  # its health says nothing about its answers
+        # Of one whose answers are wrong its health says nothing.
+        state.member.suspect = isinstance(error, ServerUnavailable) and not final
         if close:
             for task, index in list(state.open.items()):
                 del state.open[task]
