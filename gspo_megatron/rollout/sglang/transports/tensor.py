@@ -19,12 +19,14 @@ import torch.multiprocessing as torch_multiprocessing
 from torch import Tensor
 from torch.multiprocessing import reductions
 
-from gspo_megatron.rollout.sglang.address import ServerAddress
+from gspo_megatron.rollout.sglang.address import ServerAddress, ServerUnavailable
+from gspo_megatron.rollout.sglang.client import ServerClient
 from gspo_megatron.rollout.sglang.pool import ServerPool
 from gspo_megatron.rollout.sglang.transports.base import Feed
 from gspo_megatron.weights.gather import FlatBucket
 from gspo_megatron.weights.reshard import ReshardPlan
 
+_SLACK_S = 2.0  # a call that takes too long says so itself
 _DEVICE_INDEX = 6  # of the arguments of torch's rebuild_cuda_tensor: which device the memory is on
 
 
@@ -53,16 +55,17 @@ class TensorTransport:
             torch.cuda.current_stream().synchronize()  # the other process knows nothing of this one's stream
         clients = [client for client in self.pool.clients if client.address in self._servers]
         # Each rank of each server gets handles of its own: opening one is counted.
+        handles = [[serialize(named) for _ in range(self.ranks_of[client.address])] for client in clients]
         requests = [
-            self.pool.loop.submit(
-                client.update_from_tensor([serialize(named) for _ in range(self.ranks_of[client.address])])
-            )
-            for client in clients
+            self.pool.loop.submit(_load(client, of_ranks, on_gpu=bucket.flat.is_cuda))
+            for client, of_ranks in zip(clients, handles, strict=True)
         ]
         # All of them, also after a failure: the buffer is given away when this returns.
-        concurrent.futures.wait(requests, self.timeout_s)
-        for future in requests:
-            future.result(0)
+        concurrent.futures.wait(requests, self.timeout_s + _SLACK_S)
+        for client, future in zip(clients, requests, strict=True):
+            if not future.done():
+                raise ServerUnavailable(client.address, "loading a bucket", f"not done within {self.timeout_s:g} s")
+            future.result()
 
     def finish(self, plan: ReshardPlan) -> None:
         """Nothing is left to do: each bucket is loaded when its request is answered."""
@@ -72,6 +75,14 @@ class TensorTransport:
 
     def close(self) -> None:
         """Nothing is kept between buckets."""
+
+
+async def _load(client: ServerClient, handles: Sequence[str], *, on_gpu: bool) -> None:
+    await client.update_from_tensor(handles)
+    if on_gpu and len(handles) > 1:
+        # The answer is that of the server's first rank; the GPUs of others may still copy out of the buffer. For
+        # checksums, even of nothing, every rank waits for its GPU, and then they exchange them.
+        await client.checksums(skip=[""])
 
 
 def serialize(named: Sequence[tuple[str, Tensor]]) -> str:
