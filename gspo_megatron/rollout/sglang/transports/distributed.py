@@ -2,6 +2,10 @@
 
 Each sender has a group of its own, in which it is rank 0: SGLang receives from rank 0. Groups stay for the run and are
 made anew after a failure or when a server went away or came back.
+
+Over gloo a server joins when the group is opened, over NCCL only in the first broadcast, which waits for it without
+end. Nor does an NCCL broadcast that a server breaks off end by itself. So broadcasts run in threads of their own, which
+are given up when their time is over, and a given-up group is aborted.
 """
 
 from __future__ import annotations
@@ -11,15 +15,17 @@ import contextlib
 import itertools
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import Backend, BackendConfig, PrefixStore
 
 from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError
@@ -33,6 +39,8 @@ _POLL_S = 0.0005
 _REFUSAL_S = 0.2  # a server that refuses to join says so at once; one that joins waits for the others
 _NAMING_S = 2.0  # that a request may fail after the broadcast it belongs to
 _counter = itertools.count()
+
+T = TypeVar("T")
 
 
 class DistributedTransport:
@@ -53,8 +61,6 @@ class DistributedTransport:
         self.pool, self.timeout_s, self.ranks_of, self.master_address = pool, timeout_s, ranks_of, master_address
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._group: _Group | None = None
-        self._sending: Any = None  # the last broadcast
-        self._abandoned: list[tuple[_Group, Any]] = []  # groups whose end would wait for a broadcast in flight
 
     def begin(self, version: int, feed: Feed | None, *, sends: bool) -> None:
         if not sends or feed is None:
@@ -101,7 +107,10 @@ class DistributedTransport:
         options._timeout = timeout
         options.global_ranks_in_group = []
         options.group_name = name  # type: ignore[assignment]
-        return dist.ProcessGroupNCCL(store, 0, world_size, options)
+        # Without a watchdog, which would end this process some time after a server broke a broadcast off, however well
+        # the update went when it was made again. What goes wrong is seen by `send`.
+        with _environment("TORCH_NCCL_BLOCKING_WAIT", "1"):  # read here and never again
+            return dist.ProcessGroupNCCL(store, 0, world_size, options)
 
     def send(self, bucket: FlatBucket) -> None:
         assert self._group is not None, "send before begin"
@@ -113,38 +122,39 @@ class DistributedTransport:
         requests = self._call(
             group.servers, lambda client: client.update_from_distributed(names, dtypes, shapes, group.name)
         )
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
-        work = self._sending = group.backend.broadcast([bucket.flat], options)
+        sending = _in_thread(lambda: _broadcast(group, bucket.flat))
         # A server that refuses never joins the broadcast: look at the answers while it runs.
-        while not work.is_completed():
+        running = {sending, *requests}
+        while not sending.done():
+            left_s = max(0.0, deadline - time.monotonic())
+            done, running = concurrent.futures.wait(running, left_s, concurrent.futures.FIRST_COMPLETED)
             _raise_failed(requests)
-            if time.monotonic() > deadline:
+            if not done:
                 raise RuntimeError(f"a broadcast to the servers did not end within {self.timeout_s:g} s")
-            time.sleep(_POLL_S)
         with _naming(requests):
-            work.wait()
+            sending.result()
         _wait(requests, deadline)
 
     def finish(self, plan: ReshardPlan) -> None:
         """Nothing is left to do: each bucket is loaded when its request is answered."""
 
     def reset(self) -> None:
-        if self._group is not None:
-            group, self._group = self._group, None
-            self._abandoned.append((group, self._sending))
-            self._leave(group)
-        # With the others its connections end: a server that still waits in a broadcast sees that, as far as it can.
-        self._abandoned = [(group, work) for group, work in self._abandoned if work and not work.is_completed()]
-        self._sending = None
-
-    def _leave(self, group: _Group) -> None:
-        """Have the servers leave a group, as far as they are still there."""
+        """Leave the group. Its broadcasts in flight end with it, or are left to their threads."""
+        group, self._group = self._group, None
+        if group is None:
+            return
         clients = [client for client in self.pool.clients if client.address in group.servers]
         leaving = [self.pool.loop.submit(client.destroy_group(group.name)) for client in clients]
+        # At the same time: NCCL's ranks on one machine wait for one another when they leave.
+        aborting = [_in_thread(group.backend.abort)] if self.backend == "nccl" else []
+        concurrent.futures.wait([*leaving, *aborting], self.timeout_s)
         for future in leaving:
             with contextlib.suppress(ServerError, TimeoutError):  # it is gone, or never joined
-                future.result(self.timeout_s)
+                future.result(0)
+        for aborted in aborting:
+            if not aborted.done():
+                raise RuntimeError(f"NCCL did not let go of a broken broadcast within {self.timeout_s:g} s")
+            aborted.result()
 
     def close(self) -> None:
         self.reset()
@@ -163,6 +173,46 @@ class _Group:
     servers: tuple[ServerAddress, ...]
     store: dist.Store  # lives as long as the group
     backend: Any
+
+
+def _broadcast(group: _Group, flat: Tensor) -> None:
+    """Send to all of the group. Returns when the data has left, or the group gave up; over NCCL perhaps never."""
+    if flat.is_cuda:
+        torch.cuda.set_device(flat.device)  # a thread starts with the first one
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    work = group.backend.broadcast([flat], options)
+    while not work.is_completed():
+        time.sleep(_POLL_S)  # in Python: a thread that wakes up elsewhere after the program's end makes it crash
+    work.wait()  # raises what it failed with
+
+
+def _in_thread(call: Callable[[], T]) -> concurrent.futures.Future[T]:
+    """Make a call that may never return: it keeps neither the caller nor the end of the process waiting."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="weights-group", daemon=True).start()
+    return future
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable of the environment for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager
