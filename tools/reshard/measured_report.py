@@ -101,7 +101,9 @@ def _introduction(model: Model, repetitions: int) -> str:
         "memory in use, until all have it. MB of buckets and memory are 2²⁰ bytes.\n\n"
         "Peak memory is the kernel's high-water mark of a rank's resident memory in an update (VmHWM, reset before it) "
         "less what it had before, in an update of its own after memory that was free was given back; beside it "
-        "`ReshardPlan.peak_bytes`. Bytes written are the kernel's count (wchar) of all ranks, to sockets and files."
+        "`ReshardPlan.peak_bytes`; what is above it malloc keeps of freed memory (none with "
+        "MALLOC_MMAP_THRESHOLD_=200000). Bytes written are the kernel's count (wchar) of all ranks, to sockets and "
+        "files."
     )
 
 
