@@ -150,8 +150,15 @@ class Run:
     def shared_left(self) -> list[str]:
         """Files in shared memory that have come since the start and that no living process has mapped.
 
-        Semaphores are left out: those of a killed process stay, by 32 bytes each.
+        Semaphores are left out: those of a killed process stay, by 32 bytes each. torch's daemon removes its files when
+        the process that made them has ended, a moment later; other tests may run beside this one.
         """
+        deadline = time.monotonic() + END_S
+        while (left := self._unmapped()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return left
+
+    def _unmapped(self) -> list[str]:
         mapped: set[Path] = set()
         for process in psutil.process_iter():
             try:
