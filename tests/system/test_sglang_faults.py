@@ -307,6 +307,7 @@ def test_the_only_server_hangs(runs: Any, phase: str) -> None:
     assert "1 of 1 servers are lost and are started again" in outcome.stderr
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_start_again_ends_the_run(runs: Any) -> None:
     outcome = runs({"what": "doom", "phase": "generate", "version": 1}, **{"sglang.retries": "1"}).wait()
     check_struck(outcome)
@@ -316,7 +317,7 @@ def test_a_server_that_cannot_start_again_ends_the_run(runs: Any) -> None:
 # -- servers that others have started ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", ["generate", "update"])
+@pytest.mark.parametrize("phase", [pytest.param("generate", marks=pytest.mark.slow), "update"])
 def test_one_of_two_servers_of_others_hangs(runs: Any, servers: ServerManager, phase: str) -> None:
     """The run goes on with the other one and says so."""
     run = runs(
@@ -352,6 +353,7 @@ def test_a_trainer_killed_in_mid_update_leaves_servers_that_refuse_to_serve(runs
         assert generates(urls(servers, number))
 
 
+@pytest.mark.slow
 def test_servers_of_others_die_one_after_the_other(runs: Any, servers: ServerManager) -> None:
     """With one of two the run goes on; without any it ends, and names it."""
     fault = {"what": "kill", "phase": "generate", "version": 1}

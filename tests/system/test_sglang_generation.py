@@ -318,6 +318,7 @@ def test_a_stopped_server_is_noticed_and_its_prompts_go_to_the_other(running: Ru
     pool.close()
 
 
+@pytest.mark.slow
 def test_killed_servers(tmp_path: Path) -> None:
     with start(tmp_path) as running:
         pool = running.pool()
