@@ -427,7 +427,7 @@ class SGLangEngine:
             self.roll.take(addresses)
 
 
-_GENERATION_S = 86_400.0
+_GENERATION_S = 86_400.0  # of any head; one that fails or is killed ends the others long before
 _MEMORY = ("weights", "kv_cache", "cuda_graph")
 
 
