@@ -25,7 +25,8 @@ import time
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _TICK_S = 0.2
-_LOOK_S = 5.0  # how often the server's shared memory is looked up; it stays what it is once the server is ready
+_LOOK_S = 1.0  # how often the server's shared memory is looked up
+_SETTLED_S = 60.0  # from then on less often: it stays what it is once the server is ready
 _SHARED = "/dev/shm/sgl"  # SGLang's own; others that it maps are the trainer's
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -102,12 +103,15 @@ class Guard:
         status, why = None, ""
         asked = False
         shared: set[str] = set()
-        looked_at = time.monotonic()
+        looked_at = changed_at = time.monotonic()
         while status is None and not why:
             select.select([output.source] if output.open else [], [], [], _TICK_S)
             output.copy()
-            if time.monotonic() > looked_at + _LOOK_S:
-                shared, looked_at = shared | _shared_files(), time.monotonic()
+            now = time.monotonic()
+            if now > looked_at + (_LOOK_S if not shared or now < changed_at + _SETTLED_S else 10 * _LOOK_S):
+                looked_at, before = now, len(shared)
+                shared |= _shared_files()
+                changed_at = now if len(shared) > before else changed_at
             status = _reap(server.pid)
             if os.getppid() != order["parent"]:
                 why = f"its parent, process {order['parent']}, is gone"
