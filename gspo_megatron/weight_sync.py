@@ -130,7 +130,7 @@ def probe(policy: MegatronPolicy, job: Job) -> float | None:
     if counts[0] != counts[1]:
         return None  # the engine has said why
     gaps = _gaps(policy, job, sequences)
-    if job.groups.rank == 0 and float(gaps.median()) > PROBE_WARNING:
+    if job.groups.rank == 0 and not float(gaps.median()) <= PROBE_WARNING:  # NaN neither
         logger.warning(
             "after weight update %d the servers' log-probabilities differ from the trainer's by %.3g in the median: "
             "engine and trainer do not compute the same model",

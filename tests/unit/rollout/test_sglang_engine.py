@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from aiohttp import web
 from fake_sglang_server import FakeServer
 
-from gspo_megatron.config import SGLangConfig
+from gspo_megatron.config import ModelConfig, RunConfig, SGLangConfig, TaskConfig, TrainConfig
 from gspo_megatron.errors import CauseError, UserError
 from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.rollout.engine import SamplingParams
@@ -651,6 +651,26 @@ def test_weights_of_another_version_are_handed_over_again(build: Callable[..., S
     stage.servers.fakes[0].version = "default"
     groups = generate(stage.job, [Prompt(7, "", [3, 4], None)], PARAMS, lambda: stage.sync(0))
     assert [group.prompt.id for group in groups] == [7]
+
+
+@pytest.mark.parametrize("fault", ["500", "nan"])
+def test_a_probe_that_is_not_answered_says_why_and_comes_to_no_figure(
+    build: Callable[..., Stage], caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    stage = build()
+    stage.job.config = TrainConfig(
+        run=RunConfig(folder="run"),
+        model=ModelConfig(path="model"),
+        task=TaskConfig(name="jsonl"),
+        sglang=replace(stage.config, probe_prompts=2),
+    )
+    stage.job.groups.coordinates = SimpleNamespace(data=0)
+    stage.job.task = SimpleNamespace(prompts=lambda *_: [Prompt(i, "", [3, 4], None) for i in range(2)])
+    stage.job.tokenizer = SimpleNamespace(stop_token_ids=(1,))
+    stage.servers.fakes[0].faults.extend([fault] * 100)
+    report = sync_weights(stage.policy, stage.job, 0)  # type: ignore[arg-type]
+    assert report.is_probed and report.probe_max_abs is None
+    assert any("the probe of weight update 0: SGLang server" in r.message for r in caplog.records)
 
 
 # -- ranks that wait for each other -----------------------------------------------------------------------------------
