@@ -1,11 +1,16 @@
-"""What tests against real SGLang servers share: the environment they run in, and tiny models to serve."""
+"""What tests against real SGLang servers share: their environment, tiny models to serve, and `serve` itself."""
 
 from __future__ import annotations
 
 import functools
+import os
+import re
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
@@ -20,6 +25,19 @@ ROOT = Path(__file__).parents[2]
 VOCAB = 512
 PAD, EOS = 0, 1
 SETUP_LIMIT_S = 1200.0
+START_S = 300.0
+CONFIG = """
+[run]
+folder = "{folder}/run"
+[model]
+path = "{model}"
+[task]
+name = "reasoning_gym"
+dataset = "spell_backward"
+[sglang]
+python = "{python}"
+start_timeout_s = {timeout}
+"""
 
 
 @functools.cache
@@ -81,3 +99,45 @@ def write_model(folder: Path, kind: str = "moe", seed: int = 0, layers: int = 3,
     model.float().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+class Serve:
+    """`python -m gspo_megatron serve` in the background."""
+
+    def __init__(self, folder: Path, model: Path, *overrides: str) -> None:
+        self.folder = folder
+        config = folder / "train.toml"
+        config.write_text(CONFIG.format(folder=folder, model=model, python=sglang_python(), timeout=START_S))
+        with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gspo_megatron", "serve", str(config), *overrides],
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                cwd=ROOT,
+                stdout=out,
+                stderr=err,
+            )
+
+    def read(self, name: str) -> str:
+        return (self.folder / name).read_text()
+
+    def wait_ready(self, times: int = 1) -> str:
+        """The server's address, when its summary has appeared so often and the addresses were printed."""
+        deadline = time.monotonic() + START_S
+        while self.read("stdout").count("ready after") < times or 'addresses = "' not in self.read("stdout"):
+            assert self.process.poll() is None, self.read("stderr")
+            assert time.monotonic() < deadline, self.read("stdout") + self.read("stderr")
+            time.sleep(0.2)
+        found = re.search(r'^addresses = "(\S+)"$', self.read("stdout"), re.MULTILINE)
+        assert found is not None
+        return found[1]
+
+    def guards(self) -> dict[int, int]:
+        """Process id of each server's guard, by port."""
+        return {int(port): int(pid) for port, pid in re.findall(r":(\d+), ready .* pid (\d+)", self.read("stdout"))}
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def scheduler(self) -> psutil.Process:
+        (found,) = [p for p in self.family() if p.cmdline()[:1] == ["sglang::scheduler"]]
+        return found

@@ -26,7 +26,7 @@ import pytest
 
 from gspo_megatron.config import SGLangConfig
 from gspo_megatron.rollout.sglang.manager import ServerManager
-from tests.system.sglang_setup import ROOT, sglang_python
+from tests.system.sglang_setup import ROOT, Serve, sglang_python
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
@@ -174,12 +174,15 @@ def runs(tmp_path: Path) -> Iterator[Any]:
     """Starts runs, which end with the test."""
     started: list[Run] = []
 
-    def start(fault: dict[str, Any] | None, servers: ServerManager | None = None, **settings: str) -> Run:
+    def start(fault: dict[str, Any] | None, servers: ServerManager | Serve | None = None, **settings: str) -> Run:
         folder = tmp_path / str(len(started))
         folder.mkdir()
-        if servers is not None:
-            for server in servers._servers:
-                (folder / f"guard_{server.launch.port}").write_text(str(server.pid))
+        if isinstance(servers, ServerManager):
+            guards = {server.launch.port: server.pid for server in servers._servers}
+        else:
+            guards = {} if servers is None else servers.guards()
+        for port, pid in guards.items():
+            (folder / f"guard_{port}").write_text(str(pid))
         started.append(run := Run(folder, fault, **settings))
         return run
 
@@ -365,6 +368,26 @@ def test_servers_of_others_die_one_after_the_other(runs: Any, servers: ServerMan
     outcome = runs(fault, servers, **settings).wait()
     check_struck(outcome)
     check_stopped(outcome, "no server is left", urls(servers, 1), limit_s=30.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["distributed", "disk"])
+def test_the_only_server_of_serve_is_killed(runs: Any, tmp_path: Path, transport: str) -> None:
+    """`serve` starts it again, and the run, which has waited, brings it the weights and goes on."""
+    (tmp_path / "serve").mkdir()
+    serve = Serve(tmp_path / "serve", ROOT / "examples" / "quickstart" / "model")
+    try:
+        settings = {"sglang.addresses": serve.wait_ready(), "sglang.transport": transport}
+        outcome = runs({"what": "kill", "phase": "generate", "version": 1}, serve, **settings).wait()
+        assert serve.process.poll() is None, serve.read("stderr")
+    finally:
+        serve.process.terminate()
+        serve.process.wait(END_S)
+    check_struck(outcome)
+    check_went_on(outcome)
+    assert serve.read("stdout").count("ready after") == 2
+    assert "no server answers; one is waited for" in outcome.stderr
+    assert "is tried again" not in outcome.stderr
 
 
 # -- the trainer is killed --------------------------------------------------------------------------------------------

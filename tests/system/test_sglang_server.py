@@ -6,9 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -20,25 +17,12 @@ import pytest
 from gspo_megatron.config import SGLangConfig
 from gspo_megatron.rollout.sglang.address import ServerAddress
 from gspo_megatron.rollout.sglang.manager import ServerManager
-from tests.system.sglang_setup import ROOT, sglang_python, write_model
+from tests.system.sglang_setup import START_S, Serve, sglang_python, write_model
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
-START_S = 300.0
 END_S = 60.0
 KEY = "0123456789abcdef-the-key"
-CONFIG = """
-[run]
-folder = "{folder}/run"
-[model]
-path = "{model}"
-[task]
-name = "reasoning_gym"
-dataset = "spell_backward"
-[sglang]
-python = "{python}"
-start_timeout_s = {timeout}
-"""
 PROMPT = [5, 6, 7, 8, 9, 10]
 
 
@@ -65,44 +49,6 @@ def generate(address: ServerAddress, **options: object) -> dict:
 def wait_until_gone(processes: list[psutil.Process]) -> None:
     _, alive = psutil.wait_procs(processes, timeout=END_S)
     assert not alive, f"still there: {[(p.pid, p.cmdline()) for p in alive]}"
-
-
-class Serve:
-    """`python -m gspo_megatron serve` in the background."""
-
-    def __init__(self, folder: Path, model: Path, *overrides: str) -> None:
-        self.folder = folder
-        config = folder / "train.toml"
-        config.write_text(CONFIG.format(folder=folder, model=model, python=sglang_python(), timeout=START_S))
-        with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "gspo_megatron", "serve", str(config), *overrides],
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-                cwd=ROOT,
-                stdout=out,
-                stderr=err,
-            )
-
-    def read(self, name: str) -> str:
-        return (self.folder / name).read_text()
-
-    def wait_ready(self, times: int = 1) -> str:
-        """The server's address, when its summary has appeared so often and the addresses were printed."""
-        deadline = time.monotonic() + START_S
-        while self.read("stdout").count("ready after") < times or 'addresses = "' not in self.read("stdout"):
-            assert self.process.poll() is None, self.read("stderr")
-            assert time.monotonic() < deadline, self.read("stdout") + self.read("stderr")
-            time.sleep(0.2)
-        found = re.search(r'^addresses = "(\S+)"$', self.read("stdout"), re.MULTILINE)
-        assert found is not None
-        return found[1]
-
-    def family(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def scheduler(self) -> psutil.Process:
-        (found,) = [p for p in self.family() if p.cmdline()[:1] == ["sglang::scheduler"]]
-        return found
 
 
 @pytest.fixture

@@ -414,8 +414,9 @@ class SGLangEngine:
 
     def _call_roll(self) -> None:
         """Rank 0: bring back the servers that are lost, or leave them out."""
-        for address in self.roll.call(self.pool.names, self._version):
-            self._half_done = True  # a group of which it was a member is of no use
+        changed, restarted = self.roll.call(self.pool.names, self._version)
+        self._half_done = self._half_done or bool(changed)  # a group with such a member is of no use
+        for address in restarted:
             self._released.pop(address, None)
 
     def _share_addresses(self) -> None:
@@ -427,7 +428,7 @@ class SGLangEngine:
             self.roll.take(addresses)
 
 
-_GENERATION_S = 86_400.0  # of any head; one that fails or is killed ends the others long before
+_GENERATION_S = 86_400.0  # of any head; one that fails, or is killed under a launcher, ends the others long before
 _MEMORY = ("weights", "kv_cache", "cuda_graph")
 
 

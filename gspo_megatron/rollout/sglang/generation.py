@@ -199,7 +199,7 @@ def _versions(meta: Mapping[str, Any], length: int, version: int, names: Version
     except OtherRun:
         raise
     except ValueError as error:
-        raise BadAnswer(str(error)) from None
+        raise WrongVersion(str(error)) from None
     if version not in [number for number, _, _ in found]:
         said = " and ".join(str(number) for number, _, _ in found)
         raise WrongVersion(f"the response is by weights of version {said}, not {version}")

@@ -6,16 +6,17 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from gspo_megatron.config import SGLangConfig
 from gspo_megatron.errors import CauseError, UserError
-from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError
+from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError, ServerRefused
 from gspo_megatron.rollout.sglang.client import INFO_TIMEOUT_S, ServerClient
 from gspo_megatron.rollout.sglang.manager import ServerManager
 from gspo_megatron.rollout.sglang.pool import ServerPool
-from gspo_megatron.rollout.sglang.served_model import ServedModel
+from gspo_megatron.rollout.sglang.served_model import ServedModel, read_served_model
 from gspo_megatron.rollout.sglang.transports.base import Feed
-from gspo_megatron.rollout.sglang.version import OtherRun, VersionNames
+from gspo_megatron.rollout.sglang.version import NEVER_SET, OtherRun, VersionNames
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class RollCall:
         """With the servers that take part alone."""
         return [Feed(f.ranks, tuple(a for a in f.servers if a in self.served)) for f in self._all_feeds]
 
-    def call(self, names: VersionNames, version: int) -> set[ServerAddress]:
+    def call(self, names: VersionNames, version: int) -> tuple[set[ServerAddress], set[ServerAddress]]:
         """Ask all servers and decide who takes part. For rank 0; the others `take` its `addresses`.
 
         Args:
@@ -62,20 +63,21 @@ class RollCall:
             version: of the weights that they were left with; below 0: none yet.
 
         Returns:
-            the servers that have come, gone, or been started again.
+            the servers that have come, gone, or have other weights than they were left with; and of these the ones that
+            were started again.
 
         Raises:
             CauseError: no server is left, or one can't be started again.
             UserError: another run has sent weights to a server since.
         """
-        answers = self._ask()
+        answers = self._ask(version)
         lost = [address for address, answer in answers.items() if isinstance(answer, ServerError)]
         if lost and self._manager is not None:
             self._restart(lost, _reasons(answers))
-            return set(lost)
+            return set(lost), set(lost)
         if len(lost) == len(answers):
-            answers = self._wait_for_one(answers)
-        # Whoever answers with another name than it was left with has ended in between, and come back.
+            answers = self._wait_for_one(answers, version)
+        # Another name than they were left with: started again in between, or named by an update that failed later.
         changed = {
             address
             for address, answer in answers.items()
@@ -91,15 +93,16 @@ class RollCall:
                 "going on with %d of %d servers%s%s", len(left), len(answers), said, reasons and f": {reasons}"
             )
         self.take(left)
-        return changed | (set(before) - set(left))
+        restarted = {address for address in changed if answers[address] == NEVER_SET}
+        return changed | (set(before) - set(left)), restarted
 
     def take(self, addresses: Sequence[ServerAddress]) -> None:
         """Let these servers take part and no others."""
         self.served = {a: self._all[a] for a in addresses}
         self._pool.set_addresses(addresses)
 
-    def _ask(self) -> dict[ServerAddress, str | ServerError]:
-        """What each server calls its weights, or why it has no answer."""
+    def _ask(self, version: int) -> dict[ServerAddress, str | ServerError]:
+        """What each server calls its weights, or why it can't take part."""
         everyone = list(self._all)
         if everyone != [client.address for client in self._pool.clients]:
             self._pool.set_addresses(everyone)
@@ -107,10 +110,31 @@ class RollCall:
         async def ask(client: ServerClient) -> str:
             known = client.address in self.served
             limit_s = min(INFO_TIMEOUT_S, self._config.update_timeout_s) if known else _LEFT_OUT_S
-            await client.server_info(limit_s)  # asks the server's scheduler
-            return str((await client.model_info(limit_s)).get("weight_version"))
+            try:
+                server = await client.server_info(limit_s)  # asks the server's scheduler
+            except ServerError:
+                client.paused = False  # whoever comes back at this address is another one
+                raise
+            model = await client.model_info(limit_s)
+            name = str(model.get("weight_version"))
+            if name == NEVER_SET and version >= 0:
+                self._check_same(client.address, model, server)
+                if not client.paused:  # it may be about to generate its first token, for `serve` to see that it does
+                    await client.health_generate(limit_s)
+            return name
 
         return dict(zip(everyone, self._pool.on_all(ask), strict=True))
+
+    def _check_same(self, address: ServerAddress, model: dict[str, Any], server: dict[str, Any]) -> None:
+        """Raise ServerRefused where a server was started again as another one than it was."""
+        was = self._all[address]
+        try:
+            now = read_served_model(address, model, server)
+        except UserError as error:
+            raise ServerRefused(address, "/server_info", str(error)) from error
+        if (now.layout, now.dtype, now.on_gpu) != (was.layout, was.dtype, was.on_gpu):
+            said = " instead of ".join(f"TP{one.layout.tensor} in {one.dtype}" for one in (now, was))
+            raise ServerRefused(address, "/server_info", f"it was started again with {said}")
 
     def _restart(self, lost: Sequence[ServerAddress], reasons: str) -> None:
         assert self._manager is not None
@@ -119,7 +143,9 @@ class RollCall:
         with ThreadPoolExecutor(len(indices)) as starting:
             list(starting.map(self._manager.restart, indices))
 
-    def _wait_for_one(self, answers: dict[ServerAddress, str | ServerError]) -> dict[ServerAddress, str | ServerError]:
+    def _wait_for_one(
+        self, answers: dict[ServerAddress, str | ServerError], version: int
+    ) -> dict[ServerAddress, str | ServerError]:
         limit_s = self._config.start_timeout_s
         reasons = _reasons(answers)
         logger.warning("no server answers; one is waited for, sglang.start_timeout_s=%g s long: %s", limit_s, reasons)
@@ -128,7 +154,7 @@ class RollCall:
             if time.monotonic() > deadline:
                 raise CauseError(f"no server is left, and none came back within {limit_s:g} s: {_reasons(answers)}")
             time.sleep(_ASK_EVERY_S)
-            answers = self._ask()
+            answers = self._ask(version)
         return answers
 
 

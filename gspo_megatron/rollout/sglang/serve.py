@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from gspo_megatron.config import TrainConfig
@@ -40,15 +41,22 @@ def run(config: TrainConfig) -> None:
         signal.signal(number, lambda *_: _request_stop(stop))
     logs = Path(config.run.folder) / "servers" / socket.gethostname()
     try:
-        with ServerManager(
-            sglang, config.model.path, config.model.dtype, logs, random_weights=config.model.init == "random"
-        ) as manager:
+        with (
+            ThreadPoolExecutor(sglang.servers) as starting,  # ends after the manager, which ends what it waits for
+            ServerManager(
+                sglang, config.model.path, config.model.dtype, logs, random_weights=config.model.init == "random"
+            ) as manager,
+        ):
             addresses = manager.start()
             print(_paste(addresses), f"# {describe_api_key(sglang)}; Ctrl-C or SIGTERM ends them", sep="\n", flush=True)
+            restarts: dict[int, Future[None]] = {}
             while True:
                 time.sleep(_LOOK_S)
+                for index in [index for index, restart in restarts.items() if restart.done()]:
+                    restarts.pop(index).result()
                 for index in manager.dead():
-                    manager.restart(index)
+                    if index not in restarts:
+                        restarts[index] = starting.submit(manager.restart, index)
     except _Stopped:
         print("stopped", flush=True)
 

@@ -164,9 +164,10 @@ class SGLangServer:
     def _check_identity(self) -> None:
         """Whether it's this server that answers: another program may have taken a free port first."""
         try:
-            found = json.loads(self._ask("GET", "/model_info")).get("model_path")
+            # As it was started: /model_info tells what it was sent since, if a trainer was quicker than this look.
+            found = json.loads(self._ask("GET", "/server_info")).get("model_path")
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise self._error(f"/model_info: {error}") from None
+            raise self._error(f"/server_info: {error}") from None
         if found != self.launch.model_folder:
             raise self._error(f"another server answers, which serves {found!r} and not {self.launch.model_folder!r}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 NEVER_SET = "default"  # what a server calls the weights it was started with
 
 
@@ -13,7 +15,7 @@ class VersionNames:
     """The names that one run gives its weights. Numbers alone are alike in all runs, and a server may serve several."""
 
     def __init__(self, run: str = "") -> None:
-        """`run`: letters and digits that no other run has; none: names are plain numbers."""
+        """`run`: eight hexadecimal digits that no other run has; none: names are plain numbers."""
         self._prefix = f"{run}-" if run else ""
 
     def name(self, number: int) -> str:
@@ -29,11 +31,11 @@ class VersionNames:
         """
         if name == NEVER_SET:
             return -1
-        prefix, dash, number = name.rpartition("-")
-        if not number.isdecimal() or (dash and not prefix.isalnum()):
-            raise ValueError(f"weight version {name!r} is not one that this program sets")
-        if prefix + dash != self._prefix:
+        number = name.removeprefix(self._prefix)
+        if name.startswith(self._prefix) and number.isdecimal():
+            return int(number)
+        if re.fullmatch(r"[0-9a-f]{8}-\d+", name):
             raise OtherRun(
                 f"its weights are {name!r}, which another run has sent: two runs use this server; give each its own"
             )
-        return int(number)
+        raise ValueError(f"weight version {name!r} is not one that this program sets")

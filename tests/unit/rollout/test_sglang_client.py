@@ -140,13 +140,15 @@ def test_a_version_of_somebody_else_is_refused(server: FakeServer, text: str) ->
 
 
 def test_a_run_knows_its_own_versions() -> None:
-    names = VersionNames("ab12")
-    assert names.name(7) == "ab12-7" and names.number("ab12-7") == 7 and names.number("default") == -1
-    for other in ("7", "ab13-7"):
-        with pytest.raises(OtherRun, match=f"'{other}', which another run has sent"):
+    names = VersionNames("ab12cd34")
+    assert names.name(7) == "ab12cd34-7" and names.number("ab12cd34-7") == 7 and names.number("default") == -1
+    with pytest.raises(OtherRun, match="'ab12cd35-7', which another run has sent"):
+        names.number("ab12cd35-7")
+    for other in ("7", "qwen3-30", "v1-7"):  # by --weight-version
+        with pytest.raises(ValueError, match="not one that this program sets"):
             names.number(other)
     with pytest.raises(OtherRun):
-        VersionNames().number("ab12-7")
+        VersionNames().number("ab12cd34-7")
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,13 @@ class DiskServer(FakeServer):
         return web.json_response({"success": not self.refuses, "message": "said no"})
 
 
+def test_the_same_version_can_be_handed_over_twice(pool: ServerPool, model: Path, servers: list[DiskServer]) -> None:
+    transport = transport_of(pool, model, servers_stay=True)
+    for _ in range(2):
+        update(transport, 1)
+    assert [len(server.found) for server in servers] == [2, 2]
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 

@@ -60,7 +60,7 @@ FAMILY = find_family(CONFIG)
 FIELDS = FAMILY.fields(CONFIG)
 SPECS = [s for s in FAMILY.specs(FIELDS) if not s.load_only]
 PARAMETERS = server_parameters(SPECS)
-LAYOUT = ServerLayout(1)
+LAYOUT = ServerLayout(1, 1, 32)  # as of a server on a CPU
 SENT_BYTES = 4096  # a bucket
 ORDER = ["/pause_generation", "/flush_cache", "/begin_weight_update", "bucket", "/update_weight_version"]
 ORDER += ["/end_weight_update", "/weights_checker", "/continue_generation"]
@@ -126,6 +126,7 @@ class Servers:
         self.log: list[tuple[int, str]] = []
         self.held: dict[str, torch.Tensor] = {}
         self.fakes = [FakeServer() for _ in range(count)]
+        self.info = [{"tp_size": 1, "device": "cpu", "dtype": "float32"} for _ in range(count)]
         self.refusals: dict[str, int] = {}  # path -> how often it is refused from now on
         self.skipped: list[list[str] | None] = []  # of each checksum call
         for index, fake in enumerate(self.fakes):
@@ -143,6 +144,8 @@ class Servers:
             if self.refusals.get(path, 0) > 0:
                 self.refusals[path] -= 1
                 return web.json_response({"success": False, "message": "no"}, status=400)
+            if path == "/server_info":
+                return web.json_response(self.info[index])
             if path == "/weights_checker":
                 return web.json_response({"success": True, "ranks": [self._checksums(body)]})
             return web.json_response({"success": True})
@@ -396,7 +399,8 @@ RELEASE = "/release_memory_occupation weights+kv_cache+cuda_graph"
 WEIGHTS, REST = "/resume_memory_occupation weights", "/resume_memory_occupation kv_cache+cuda_graph"
 
 
-def test_colocated_servers_rest_and_get_their_memory_back_in_two_parts(build: Callable[..., Stage]) -> None:
+@pytest.mark.parametrize("fault", ["/begin_weight_update", "/weights_checker"])  # before and after the name is set
+def test_colocated_servers_rest_and_get_their_memory_back_in_two_parts(build: Callable[..., Stage], fault: str) -> None:
     stage = build(colocate=True)
     stage.sync(0)
     stage.again()
@@ -404,7 +408,7 @@ def test_colocated_servers_rest_and_get_their_memory_back_in_two_parts(build: Ca
     stage.engine.rest()
     assert stage.calls() == [*ORDER[:2], RELEASE]
     stage.again()
-    stage.servers.refusals["/begin_weight_update"] = 1  # the weights' memory is not asked for again
+    stage.servers.refusals[fault] = 1  # the weights' memory is not asked for again
     stage.sync(1)
     assert [c for c in stage.calls() if "occupation" in c] == [WEIGHTS, REST]
     assert stage.calls()[:4] == [*ORDER[:2], WEIGHTS, ORDER[2]]
@@ -555,12 +559,38 @@ def test_a_server_that_was_started_again_unnoticed_gets_a_new_group_and_is_check
     assert stage.servers.skipped[-1] is None
 
 
+def test_a_server_that_was_started_again_as_another_one_stays_out(
+    build: Callable[..., Stage], caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = build(2)
+    stage.sync(0)
+    stage.servers.fakes[1].version = "default"
+    stage.servers.info[1] |= {"tp_size": 2, "dtype": "bfloat16"}
+    stage.sync(1)
+    assert stage.addresses == [stage.servers.fakes[0].address]
+    said = "it was started again with TP2 in torch.bfloat16 instead of TP1 in torch.float32"
+    assert any(said in r.message for r in caplog.records)
+
+
+def test_a_server_of_others_that_is_not_well_yet_is_not_taken_back(build: Callable[..., Stage]) -> None:
+    """`serve` waits for its health, which a pause would end."""
+    stage = build(2)
+    stage.sync(0)
+    back = stage.servers.fakes[1]
+    back.version, back.sick = "default", True
+    stage.sync(1)
+    assert stage.addresses == [stage.servers.fakes[0].address]
+    back.sick = False
+    stage.sync(2)
+    assert len(stage.addresses) == 2
+
+
 def test_a_server_that_another_run_uses_ends_the_run(build: Callable[..., Stage]) -> None:
     stage = build()
-    stage.servers.fakes[0].version = "cd34-0"  # of a run that has ended
+    stage.servers.fakes[0].version = "cd34ef56-0"  # of a run that has ended
     stage.sync(0)
-    stage.servers.fakes[0].version = "cd34-1"
-    with pytest.raises(UserError, match=f"{stage.addresses[0].url}: .*'cd34-1'.* two runs use this server"):
+    stage.servers.fakes[0].version = "cd34ef56-1"
+    with pytest.raises(UserError, match=f"{stage.addresses[0].url}: .*'cd34ef56-1'.* two runs use this server"):
         stage.sync(1)
 
 

@@ -246,10 +246,10 @@ def test_a_server_with_other_weights_is_left_out(servers: Servers) -> None:
 
 
 def test_a_server_with_the_weights_of_another_run_ends_the_call(servers: Servers) -> None:
-    ours, theirs = servers.start(version="ab12-4"), servers.start(version="cd34-4")
-    pool = ServerPool([ours.address, theirs.address], SGLangConfig(), run="ab12", fields=FIELDS, timing=QUICK)
+    ours, theirs = servers.start(version="ab12cd34-4"), servers.start(version="cd34ef56-4")
+    pool = ServerPool([ours.address, theirs.address], SGLangConfig(), run="ab12cd34", fields=FIELDS, timing=QUICK)
     servers.pools.append(pool)
-    with pytest.raises(UserError, match=f"{theirs.address.url}: .*'cd34-4'.* two runs use this server"):
+    with pytest.raises(UserError, match=f"{theirs.address.url}: .*'cd34ef56-4'.* two runs use this server"):
         pool.generate(prompts(8), PARAMS, version=4)
 
 

@@ -79,6 +79,7 @@ class DiskTransport:
             if (self.companions_from / name).is_file():
                 shutil.copy(self.companions_from / name, self._partial / name)
         complete = self._partial.with_suffix("")  # without ".partial"
+        shutil.rmtree(complete, ignore_errors=True)  # of the same version, handed over before
         self._partial.rename(complete)
         try:
             requests = [self.pool.loop.submit(self._load(client, str(complete))) for client in self.pool.clients]
