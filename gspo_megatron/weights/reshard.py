@@ -13,10 +13,10 @@ communicator with the servers and `max_senders` bounds their number; and a few e
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -104,7 +104,7 @@ class ReshardPlan:
         """Bytes of experts whose sender is not the rank that has them."""
         return sum(self.spec_bytes(i) for i in self.relayed[feed])
 
-    @cached_property
+    @functools.cached_property
     def _traffic(self) -> dict[int, tuple[int, int]]:
         """Rank → bytes it gives to senders, bytes it gets as a sender."""
         given: dict[int, int] = {}
@@ -142,7 +142,7 @@ class ReshardPlan:
         needs = self._needs.get(rank, _Needs())
         return count * size + needs.moved if count else needs.without_buffers
 
-    @cached_property
+    @functools.cached_property
     def _needs(self) -> dict[int, _Needs]:
         """Of the ranks that send, give or receive anything."""
         needs: dict[int, _Needs] = {}
@@ -178,22 +178,25 @@ class _Needs:
     without_buffers: int = 0  # at most, where each bucket's memory is returned when the next one's shards are there
 
 
-def owners(spec: TensorSpec, shard: int, layout: ParallelLayout, num_layers: int, num_experts: int) -> list[int]:
-    """The ranks one shard of a parameter may come from: all that hold it, but of what is not cut over tensor
-    ranks only the first tensor rank's copies."""
-    stage = spec.pipeline_stage(layout, num_layers)
-    tensor = shard if spec.dim is not None else 0
-    if spec.expert is None:
-        return [
+@functools.cache
+def _owners(layout: ParallelLayout, stage: int, expert: int | None, tensor: int) -> tuple[int, ...]:
+    """The ranks that a shard may come from: all that hold it.
+
+    Args:
+        expert: expert-parallel rank that has it; None: it is not an expert's.
+        tensor: tensor-parallel rank, of experts the expert-tensor-parallel one; 0 for what is not cut, which is taken
+            from the first rank's copies alone.
+    """
+    if expert is None:
+        return tuple(
             layout.rank(tensor=tensor, context=c, data=d, pipeline=stage)
             for d in range(layout.data)
             for c in range(layout.context)
-        ]
-    expert = spec.expert * layout.expert // num_experts
-    return [
+        )
+    return tuple(
         layout.expert_rank(expert=expert, expert_tensor=tensor, expert_data=d, pipeline=stage)
         for d in range(layout.expert_data)
-    ]
+    )
 
 
 def plan_reshard(
@@ -240,7 +243,22 @@ def plan_reshard(
         queues.append(_queue(number, sender_of, sizes, bucket_bytes))
         relayed.append(frozenset(moved))
 
-    find_owners = _Owners(layout, num_layers, num_experts or 1)
+    steps = _steps(queues, exported, layout, stages, holder, shapes)
+    largest = max(bucket_bytes, max(sizes, default=0))
+    return ReshardPlan(
+        exported, layout, dtype, shapes, tuple(tuple(f) for f in feeds), tuple(steps), largest, tuple(relayed)
+    )
+
+
+def _steps(
+    queues: Sequence[Sequence[Bucket]],
+    specs: Sequence[TensorSpec],
+    layout: ParallelLayout,
+    stages: Sequence[int],
+    holder: Sequence[int | None],
+    shapes: Sequence[torch.Size],
+) -> list[Step]:
+    """Each feed's next bucket at the same time, and where their shards come from."""
     given: dict[int, int] = {}
     steps = []
     for i in range(max(map(len, queues), default=0)):
@@ -248,19 +266,17 @@ def plan_reshard(
         moves = []
         for bucket in buckets:
             for index in bucket.specs:
-                for shard in range(exported[index].num_shards(layout)):
-                    holders = find_owners(exported[index], shard)
-                    if bucket.sender in holders:
+                spec = specs[index]
+                for shard in range(spec.num_shards(layout)):
+                    owners = _owners(layout, stages[index], holder[index], shard if spec.dim is not None else 0)
+                    if bucket.sender in owners:
                         source = bucket.sender
                     else:
-                        source = min(holders, key=lambda rank: (given.get(rank, 0), rank))
+                        source = min(owners, key=lambda rank: (given.get(rank, 0), rank))
                         given[source] = given.get(source, 0) + shapes[index].numel()
                     moves.append(Move(index, shard, source, bucket.sender))
         steps.append(Step(buckets, tuple(moves)))
-    largest = max(bucket_bytes, max(sizes, default=0))
-    return ReshardPlan(
-        exported, layout, dtype, shapes, tuple(tuple(f) for f in feeds), tuple(steps), largest, tuple(relayed)
-    )
+    return steps
 
 
 def _senders(layout: ParallelLayout, stage: int, feed: Sequence[int], most: int) -> list[int]:
@@ -364,19 +380,3 @@ def _shard_shapes(specs: Iterable[TensorSpec], layout: ParallelLayout) -> tuple[
             known[key] = whole.shape if spec.dim is None else spec.codec.shard(whole, spec.dim, 0, count).shape
         shapes.append(known[key])
     return tuple(shapes)
-
-
-class _Owners:
-    """`owners`, computed once for all specs that lie at the same place."""
-
-    def __init__(self, layout: ParallelLayout, num_layers: int, num_experts: int) -> None:
-        self.layout, self.num_layers, self.num_experts = layout, num_layers, num_experts
-        self._known: dict[tuple[object, ...], list[int]] = {}
-
-    def __call__(self, spec: TensorSpec, shard: int) -> list[int]:
-        stage = spec.pipeline_stage(self.layout, self.num_layers)
-        expert = None if spec.expert is None else spec.expert * self.layout.expert // self.num_experts
-        key = (stage, expert, shard if spec.dim is not None else 0)
-        if key not in self._known:
-            self._known[key] = owners(spec, shard, self.layout, self.num_layers, self.num_experts)
-        return self._known[key]
