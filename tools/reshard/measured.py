@@ -22,6 +22,7 @@ from gspo_megatron.logs import quiet_libraries
 from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.rollout.sglang.manager import ServerManager
 from gspo_megatron.rollout.sglang.server import free_ports
+from gspo_megatron.rollout.sglang.transports.distributed import environment
 from gspo_megatron.weights.families import load_fields
 from reshard.measured_report import Cell, Model, report
 from reshard.ranks import START_TIMEOUT_S, Ranks
@@ -136,7 +137,6 @@ class Cells:
                 ) as manager,
             ):
                 urls = tuple(address.url for address in manager.start())
-                _freeze_garbage_collection(urls)
                 for name in layouts if pages == "0" else layouts[:1]:
                     with self._ranks(name) as ranks:
                         for transport in transports if pages == "0" else ():
@@ -178,30 +178,8 @@ class Cells:
         )
 
 
-def _freeze_garbage_collection(urls: Sequence[str]) -> None:
-    """As SGLang does itself after its start, unless it asks before it listens: else /flush_cache takes 0.4 s on a CPU,
-    in which Python walks over all objects of the imports."""
-    for url in urls:
-        with urllib.request.urlopen(urllib.request.Request(url + "/freeze_gc", method="POST"), timeout=60):
-            pass
-
-
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def environment(name: str, value: str) -> Iterator[None]:
-    """A variable for the processes that are started meanwhile."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def write_model(folder: Path, size: str) -> Path:
@@ -238,11 +216,11 @@ def write_model(folder: Path, size: str) -> Path:
 @contextmanager
 def bare_receivers(folder: Path, count: int) -> Iterator[tuple[str, ...]]:
     """Addresses of new receivers."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"}
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"}
     ports = free_ports("127.0.0.1", count)
     program = Path(__file__).with_name("receiver.py")
     processes = [
-        subprocess.Popen([sys.executable, program, str(folder), str(port)], env=environment, stdout=subprocess.DEVNULL)
+        subprocess.Popen([sys.executable, program, str(folder), str(port)], env=variables, stdout=subprocess.DEVNULL)
         for port in ports
     ]
     urls = tuple(f"http://127.0.0.1:{port}" for port in ports)

@@ -109,7 +109,7 @@ class DistributedTransport:
         options.group_name = name  # type: ignore[assignment]
         # Without a watchdog, which would end this process some time after a server broke a broadcast off, however well
         # the update went when it was made again. What goes wrong is seen by `send`.
-        with _environment("TORCH_NCCL_BLOCKING_WAIT", "1"):  # read here and never again
+        with environment("TORCH_NCCL_BLOCKING_WAIT", "1"):  # read here and never again
             return dist.ProcessGroupNCCL(store, 0, world_size, options)
 
     def send(self, bucket: FlatBucket) -> None:
@@ -202,8 +202,8 @@ def _in_thread(call: Callable[[], T]) -> concurrent.futures.Future[T]:
 
 
 @contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """Set a variable of the environment for a while."""
+def environment(name: str, value: str) -> Iterator[None]:
+    """A variable for what is read, or which processes are started, meanwhile."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
