@@ -240,9 +240,16 @@ def _find_varlen_attn() -> Callable[..., Tensor] | None:
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
-    if not {"scale", "window_size", "enable_gqa"} <= known.keys():
+    if not {"scale", "window_size"} <= known.keys():
         return None
-    return cast("Callable[..., Tensor]", varlen_attn)  # one tensor where no auxiliary output is asked for
+    attention = cast("Callable[..., Tensor]", varlen_attn)  # one tensor where no auxiliary output is asked for
+    if "enable_gqa" in known:
+        return attention
+
+    def without_flag(*args: Any, enable_gqa: bool, **kwargs: Any) -> Tensor:
+        return attention(*args, **kwargs)  # torch 2.11: the kernel takes grouped queries without being told
+
+    return without_flag
 
 
 _varlen_attn = _find_varlen_attn()
