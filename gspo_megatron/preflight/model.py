@@ -50,7 +50,7 @@ def check_weights(path: str, family: Family, fields: ModelFields) -> None:
     """Names and shapes from the files' headers; no tensor is read."""
     from gspo_megatron.weights.hf_checkpoint import HFCheckpoint
 
-    HFCheckpoint(path).verify(family.specs(fields))
+    HFCheckpoint(path).verify(family.specs(fields), left_out=fields.left_out)
 
 
 def check_layout(config: TrainConfig | SftConfig, fields: ModelFields, problems: Problems) -> None:
@@ -62,6 +62,8 @@ def check_layout(config: TrainConfig | SftConfig, fields: ModelFields, problems:
     }
     if fields.dense_layers:
         split_by_tensor["intermediate_size"] = fields.ffn_hidden_size
+    if fields.shared_ffn_hidden_size is not None:
+        split_by_tensor["intermediate size of the shared experts"] = fields.shared_ffn_hidden_size
     check_divides(problems, "tensor", parallel.tensor, split_by_tensor)
     check_divides(problems, "pipeline", parallel.pipeline, {"num_hidden_layers": fields.num_layers})
     problems.require(

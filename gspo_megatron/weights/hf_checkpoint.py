@@ -90,13 +90,15 @@ class HFCheckpoint:
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
-    def verify(self, specs: Sequence[TensorSpec]) -> None:
-        """Raise UserError unless the folder holds exactly the tensors of the specs, in their shapes, as numbers."""
+    def verify(self, specs: Sequence[TensorSpec], *, left_out: tuple[str, ...] = ()) -> None:
+        """Raise UserError unless the folder holds exactly the tensors of the specs, in their shapes, as numbers.
+
+        `left_out`: prefixes of tensors that may be there and are not read (`ModelFields.left_out`)."""
         expected = {name: shape for s in specs for name, shape in zip(s.hf, s.hf_shapes, strict=True)}
         # A tied model may be stored with or without its head's copy of the embedding.
         tied = {"lm_head.weight"} if "lm_head.weight" not in expected else set()
         missing = sorted(expected.keys() - self.file_of.keys())
-        extra = sorted(self.file_of.keys() - expected.keys() - tied)
+        extra = sorted(n for n in self.file_of.keys() - expected.keys() - tied if not n.startswith(left_out))
         if missing or extra:
             raise UserError(
                 f"{self.folder} does not match its config.json: missing {_listing(missing)}; "
@@ -188,10 +190,10 @@ def _state_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
 def random_tensor(name: str, shape: tuple[int, ...], *, std: float, seed: int) -> Tensor:
     """Initial value of a tensor, a function of its name: the same in every parallel layout.
 
-    Norm weights are one, all else is normal(0, std). float32.
+    Norm weights are one, biases and other vectors zero, all else is normal(0, std). float32.
     """
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
     digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
     generator = torch.Generator().manual_seed((digest ^ seed * 0x9E3779B97F4A7C15) % 2**63)
     return torch.randn(shape, generator=generator) * std

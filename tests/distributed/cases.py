@@ -236,6 +236,8 @@ def whole_gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
                 bucket.grad_data.copy_(torch.cat(whole))
     local = {
         name: slot.of(slot.parameter.main_grad)  # type: ignore[attr-defined]
+        if isinstance(slot.parameter, torch.nn.Parameter)
+        else torch.zeros_like(slot.tensor)  # a buffer
         for name, slot in policy.weights.slots.items()
     }
     buckets = policy.weights.export(policy.weights.plan([[0]], dtype=torch.float32), local)

@@ -7,10 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.errors import UserError, nearest
-from gspo_megatron.weights.families import deepseek_v3, qwen3, qwen3_moe
+from gspo_megatron.weights.families import deepseek_v3, glm4_moe, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
 from gspo_megatron.weights.families.base import Family, ModelFields
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen3.FAMILY, qwen3_moe.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        glm4_moe.FAMILY,
+        mixtral.FAMILY,
+        olmoe.FAMILY,
+        qwen2_moe.FAMILY,
+        qwen3.FAMILY,
+        qwen3_moe.FAMILY,
+    )
+}
 
 # Families whose tensors can be planned for: the trained ones, and those with a rule table and nothing else yet.
 PLANNABLE: dict[str, Family] = FAMILIES | {
