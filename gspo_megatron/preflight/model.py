@@ -135,6 +135,21 @@ def check_kernels(config: TrainConfig | SftConfig, fields: ModelFields, problems
         )
 
 
+def check_family(config: TrainConfig | SftConfig, family: Family, problems: Problems) -> None:
+    """What is not there for every family: the servers' layout of its tensors, Transformer Engine's attention."""
+    kind = family.model_type
+    problems.require(
+        config.rollout.engine != "sglang" or family.known_to_servers or config.sglang.check == "off",
+        f'rollout.engine="sglang" with sglang.check="{config.sglang.check}": what a server makes of the tensors of a '
+        f'{kind} model is not known, so that its weights can\'t be checked; use sglang.check="off" '
+        '(sglang.probe_prompts still compares log-probabilities), or rollout.engine="embedded"',
+    )
+    problems.require(
+        config.model.attention == "torch" or family.known_to_transformer_engine,
+        f'model.attention="{config.model.attention}" is not set up for {kind} models; use "torch"',
+    )
+
+
 def check_memory(config: TrainConfig | SftConfig, fields: ModelFields, problems: Problems) -> None:
     """Whether the memory settings can do anything on this model and machine. An evaluation doesn't read them."""
     import torch

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def save_hf_folder(
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     shards: list[list[str]] = []
-    dtypes: set[torch.dtype] = set()
+    dtypes: Counter[torch.dtype] = Counter()
     total, pending_bytes = 0, 0
     pending: dict[str, Tensor] = {}
 
@@ -152,8 +153,8 @@ def save_hf_folder(
         pending, pending_bytes = {}, 0
 
     for item in tensors:
-        dtypes.add(item.tensor.dtype)
         size = item.tensor.numel() * item.tensor.element_size()
+        dtypes[item.tensor.dtype] += size
         if pending and pending_bytes + size > shard_bytes:
             flush()
         pending[item.name] = item.tensor.detach().to("cpu", copy=True).contiguous()
@@ -176,12 +177,12 @@ def save_hf_folder(
     partial.rename(folder)
 
 
-def _state_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
-    """Make config.json name the dtype that was saved, where it names another."""
-    if len(dtypes) != 1 or not config.is_file():
+def _state_dtype(config: Path, dtypes: Counter[torch.dtype]) -> None:
+    """Make config.json name the dtype that most was saved in, where it names another."""
+    if not dtypes or not config.is_file():
         return
     content = json.loads(config.read_text())
-    saved = str(next(iter(dtypes))).removeprefix("torch.")
+    saved = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
     stated = {key: saved for key in ("dtype", "torch_dtype") if content.get(key) not in (None, saved)}
     if stated:
         config.write_text(json.dumps(content | stated, indent=2) + "\n")

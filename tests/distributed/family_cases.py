@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from gspo_megatron.config import ModelConfig, OptimizerConfig
 from gspo_megatron.data.exchange import distribute
+from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.types import MicroBatch
 from tests.distributed import cases
 from tests.distributed.tiny_models import make_sequences
@@ -20,11 +22,14 @@ def token_weights(index: int, length: int) -> torch.Tensor:
     return torch.randn(length, generator=generator)
 
 
-def parity(layout: dict[str, int], folder: str, lengths: list[int], vocab: int) -> dict[str, Any]:
+def parity(
+    layout: dict[str, int], folder: str, lengths: list[int], vocab: int, model: dict[str, Any]
+) -> dict[str, Any]:
     """A training step of the policy on packed sequences: log-probabilities of the response tokens by sequence (from
     the last stage's ranks), the reduced gradients and the exported weights (at rank 0)."""
     groups = cases.join(layout)
-    policy = cases.make_policy(groups, folder)
+    settings = ModelConfig(path=folder, **model)
+    policy = MegatronPolicy(settings, OptimizerConfig(lr=1e-3), groups, seed=0, total_steps=10)
     [batch] = distribute(
         cases.scatter(groups, make_sequences(lengths, vocab, seed=3)),
         groups,

@@ -84,17 +84,23 @@ CLASSES = {
 
 def make(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A float32 model with weights, biases, norms and selection biases that are all felt."""
-    model_class = getattr(transformers, CLASSES[family])
-    config: PretrainedConfig = model_class.config_class(**COMMON, **(CONFIGS[family] | changes))
-    config._attn_implementation = "eager"
     torch.manual_seed(seed)
-    model: PreTrainedModel = model_class(config)
+    model: PreTrainedModel = getattr(transformers, CLASSES[family])(make_config(family, **changes))
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, tensor in _weights(model):
             noise = torch.randn(tensor.shape, generator=generator)
             tensor.copy_(1 + 0.2 * noise if "norm" in name else _scale(name) * noise)
     return model.float().eval()
+
+
+def make_config(family: str, **changes: Any) -> PretrainedConfig:
+    """transformers' configuration of the model."""
+    config: PretrainedConfig = getattr(transformers, CLASSES[family]).config_class(
+        **COMMON, **(CONFIGS[family] | changes)
+    )
+    config._attn_implementation = "eager"
+    return config
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

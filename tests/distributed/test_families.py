@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from tests.distributed.rank_pool import RankPool
 from tests.distributed.tiny_models import make_sequences
 
 Ranks = Callable[[int], RankPool]
+Reference = Callable[[str], dict[str, Any]]
 LENGTHS = [7, 23, 3, 12, 31, 9, 16, 5]
 TENSOR_EXPERT = {"tensor": 2, "expert": 2}
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """Folder, log-probabilities of the responses and gradients of a family's model, by transformers; made once."""
     base, known = tmp_path_factory.mktemp("families"), {}
 
@@ -55,21 +57,38 @@ def _reference(family: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", [{}, TENSOR_EXPERT], ids=lambda x: ParallelLayout(**x).describe())
 @pytest.mark.parametrize("family", family_models.CONFIGS)
-def test_the_policy_is_transformers(
-    family: str, layout: dict[str, int], reference: Callable[[str], dict[str, Any]], ranks: Ranks
-) -> None:
+def test_the_policy_is_transformers(family: str, layout: dict[str, int], reference: Reference, ranks: Ranks) -> None:
     if family == "qwen3":
         layout = {name: degree for name, degree in layout.items() if name != "expert"}
     check(reference(family), layout, ranks)
 
 
-def check(expected: dict[str, Any], layout: dict[str, int], ranks: Ranks) -> None:
+def test_selection_biases_stay_float32_in_a_bfloat16_model(reference: Reference, ranks: Ranks, tmp_path: Path) -> None:
+    folder, out = reference("glm4_moe")["folder"], tmp_path / "out"
+    layout = TENSOR_EXPERT | {"pipeline": 1}
+    ranks(2).run("tests.distributed.cases:save", layout=layout, folder=str(folder), out=str(out), dtype="bfloat16")
+    before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    biases = {name for name in before if name.endswith("e_score_correction_bias")}
+    assert len(biases) == 3
+    for name, tensor in before.items():
+        kept = tensor if name in biases else tensor.bfloat16()
+        assert after[name].dtype == kept.dtype and torch.equal(after[name], kept), name
+    assert not all(torch.equal(before[n], before[n].bfloat16().float()) for n in biases), "rounding must show"
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def check(
+    expected: dict[str, Any], layout: dict[str, int], ranks: Ranks, *, model: dict[str, Any] | None = None
+) -> None:
+    """Log-probabilities, gradients and weights of the policy in a layout; `model`: further settings of [model]."""
     results = ranks(ParallelLayout(**layout).world_size).run(
         "tests.distributed.family_cases:parity",
         layout=layout,
         folder=str(expected["folder"]),
         lengths=LENGTHS,
         vocab=family_models.VOCAB,
+        model=model or {},
     )
     check_logprobs(results, expected["logprobs"])
     check_gradients(results[0]["gradients"], expected["gradients"])

@@ -1,4 +1,4 @@
-"""Where transformers 5 keeps a checkpoint's tensor: a layer's experts, named one by one on disk, are stacked in memory."""
+"""Where transformers 5 keeps a checkpoint's tensor: experts, named one by one on disk, are stacked in memory."""
 
 from __future__ import annotations
 

@@ -27,6 +27,12 @@ PLANNABLE: dict[str, Family] = FAMILIES | {
     family.model_type: family for family in (deepseek_v3.FAMILY, deepseek_v3.KIMI_K2)
 }
 
+# Families that people ask for and that can't be had, and why.
+REFUSED: dict[str, str] = {
+    "qwen3_next": "its linear-attention layers carry a state over the ends of packed sequences and of context-parallel "
+    "ranks, and Megatron-Core has them with Transformer Engine only",
+}
+
 
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a model folder."""
@@ -47,6 +53,8 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
 def find_family(config: dict[str, Any]) -> Family:
     """The family of an HF config, by its exact model_type."""
     model_type = str(config.get("model_type"))
+    if model_type in REFUSED:
+        raise UserError(f'config.json: model_type="{model_type}" is not supported: {REFUSED[model_type]}')
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise UserError(f'model_type "{model_type}" is not supported (known: {known}).{nearest(model_type, FAMILIES)}')

@@ -66,6 +66,7 @@ class Family:
     fields: Callable[[dict[str, Any]], ModelFields]
     rules: Callable[[ModelFields], Sequence[Rule]]
     known_to_servers: bool = False  # weights/server_layout.py knows what SGLang makes of its tensors
+    known_to_transformer_engine: bool = False  # Megatron's attention over Transformer Engine computes it
 
     def specs(self, fields: ModelFields) -> list[TensorSpec]:
         """Every parameter of the model."""
@@ -108,15 +109,17 @@ class ConfigReader:
         count: int = self("num_experts_per_tok")
         if count == 1 and renormalised:
             raise UserError(
-                "config.json: num_experts_per_tok=1 with norm_topk_prob=true is not supported: the one expert's weight "
-                "would always be 1 and its router never trained; use norm_topk_prob=false or more experts a token"
+                "config.json: num_experts_per_tok=1 with norm_topk_prob=true is not supported: the one expert's "
+                "weight would always be the same and its router never trained; use norm_topk_prob=false or more experts a token"
             )
         return count
 
     def renormalised_sigmoid(self) -> bool:
         """`norm_topk_prob` of a family whose router scores by sigmoid; refused if false."""
         self.refuse_unless(
-            "norm_topk_prob", [True], "Megatron-Core always renormalises the weights of a sigmoid router's chosen experts"
+            "norm_topk_prob",
+            [True],
+            "Megatron-Core always renormalises the weights of a sigmoid router's chosen experts",
         )
         return True
 
@@ -137,8 +140,8 @@ class ConfigReader:
         per_token, num_experts = self("num_experts_per_tok"), self("n_routed_experts", "num_local_experts")
         if per_token // chosen != 2:
             raise UserError(
-                f"config.json: num_experts_per_tok={per_token} with topk_group={chosen} is not supported: Megatron-Core "
-                f"scores a group by its best num_experts_per_tok // topk_group = {per_token // chosen} experts, the "
+                f"config.json: num_experts_per_tok={per_token} with topk_group={chosen} is not supported: "
+                f"Megatron-Core scores a group by its best num_experts_per_tok // topk_group = {per_token // chosen} experts, the "
                 f"model by its best 2; only num_experts_per_tok={2 * chosen} or {2 * chosen + 1} agree, or n_group=1"
             )
         if num_experts % groups:
