@@ -110,7 +110,8 @@ class ConfigReader:
         if count == 1 and renormalised:
             raise UserError(
                 "config.json: num_experts_per_tok=1 with norm_topk_prob=true is not supported: the one expert's "
-                "weight would always be the same and its router never trained; use norm_topk_prob=false or more experts a token"
+                "weight would always be the same and its router never trained; use norm_topk_prob=false or more "
+                "experts a token"
             )
         return count
 
@@ -141,8 +142,9 @@ class ConfigReader:
         if per_token // chosen != 2:
             raise UserError(
                 f"config.json: num_experts_per_tok={per_token} with topk_group={chosen} is not supported: "
-                f"Megatron-Core scores a group by its best num_experts_per_tok // topk_group = {per_token // chosen} experts, the "
-                f"model by its best 2; only num_experts_per_tok={2 * chosen} or {2 * chosen + 1} agree, or n_group=1"
+                f"Megatron-Core scores a group by its best num_experts_per_tok // topk_group = {per_token // chosen} "
+                f"experts, the model by its best 2; only num_experts_per_tok={2 * chosen} or {2 * chosen + 1} agree, "
+                "or n_group=1"
             )
         if num_experts % groups:
             raise UserError(f"config.json: n_group={groups} must divide the number of experts, {num_experts}")
