@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from gspo_megatron.config import SftConfig, TrainConfig
 from gspo_megatron.errors import UserError, nearest
+from gspo_megatron.stop import StopSignals
 
 if TYPE_CHECKING:
     from gspo_megatron.preflight import Preflight
@@ -51,8 +52,15 @@ class _RankedCommand:
     config: type[TrainConfig] | type[SftConfig]
     worker: str  # module of gspo_megatron whose run(config) is the work of one rank
     writes_run_folder: bool
+    saves_on_signal: bool = False
 
     def __call__(self, arguments: Arguments) -> int:
+        if not self.saves_on_signal:
+            return self._run(arguments, None)
+        with StopSignals().listening() as signals:  # before anything is imported that takes its time
+            return self._run(arguments, signals)
+
+    def _run(self, arguments: Arguments, signals: StopSignals | None) -> int:
         from gspo_megatron import config_io, launch
 
         if config_io.wants_help(arguments):
@@ -60,39 +68,45 @@ class _RankedCommand:
             config_io.print_help(self.config, f"{PROGRAM} {command.usage}", command.summary)
             return EXIT_DONE
         if launch.is_rank():
-            return self._as_rank(arguments)
+            return self._as_rank(arguments, signals)
         config = self._load(arguments)
         world_size = config.parallel.layout().world_size
         launch.check_local_devices(world_size)
+        if self._is_finished(config):
+            return EXIT_DONE
         self._prepare(config)
         if world_size == 1:
             with launch.single_rank_environment():
-                return self._as_rank(arguments, prepared=True)
-        exit_code = launch.launch_local(world_size, [sys.executable, "-m", "gspo_megatron", self.name, *arguments])
+                return self._as_rank(arguments, signals, prepared=True)
+        rank = [sys.executable, "-m", "gspo_megatron", self.name, *arguments]
+        exit_code = launch.launch_local(world_size, rank, signals)
         if exit_code in (EXIT_USER_ERROR, EXIT_FAILED):
             self._release(config)
         return exit_code
 
-    def _as_rank(self, arguments: Arguments, *, prepared: bool = False) -> int:
+    def _as_rank(self, arguments: Arguments, signals: StopSignals | None, *, prepared: bool = False) -> int:
         from gspo_megatron import launch
         from gspo_megatron.failures import FailureBoard, end_process, guard_rank
 
         with guard_rank(FailureBoard.from_environment()) as board:
             config = self._load(arguments)
             launch.check_started_ranks(config.parallel.layout())
-            prepares = board.rank == 0 and not prepared and not launch.is_prepared()
+            has_launcher = prepared or launch.is_prepared()
+            if not has_launcher and self._is_finished(config, is_said=board.rank == 0):
+                return EXIT_DONE
+            prepares = board.rank == 0 and not has_launcher
             if prepares:
                 self._prepare(config)
             try:
-                self._work(config)
+                exit_code = self._work(config, signals)
             except Exception:
                 if prepares or prepared:
                     self._release(config)
                 raise
         if board.world_size > 1:
             # Megatron's DDP keeps process groups alive, and their threads may abort an interpreter that winds down.
-            end_process(EXIT_DONE)
-        return EXIT_DONE
+            end_process(exit_code)
+        return exit_code
 
     def _load(self, arguments: Arguments) -> TrainConfig | SftConfig:
         path, overrides = _config_and_overrides(self.name, arguments)
@@ -108,6 +122,15 @@ class _RankedCommand:
         if self.writes_run_folder:
             run_folder.prepare(config)
 
+    def _is_finished(self, config: TrainConfig | SftConfig, *, is_said: bool = True) -> bool:
+        """Whether run.resume finds nothing to do. Every rank looks by itself."""
+        from gspo_megatron import run_folder
+
+        finished = self.writes_run_folder and run_folder.is_finished(config)
+        if finished and is_said:
+            print(f"the run in run.folder={config.run.folder} has finished; nothing is left to do")
+        return finished
+
     def _release(self, config: TrainConfig | SftConfig) -> None:
         """After a failure: a run without a single record doesn't occupy its folder."""
         from gspo_megatron import run_folder
@@ -115,13 +138,17 @@ class _RankedCommand:
         if self.writes_run_folder:
             run_folder.release(config)
 
-    def _work(self, config: TrainConfig | SftConfig) -> None:
+    def _work(self, config: TrainConfig | SftConfig, signals: StopSignals | None) -> int:
         import importlib
 
         from gspo_megatron.logs import quiet_libraries
 
         quiet_libraries()
-        importlib.import_module(f"gspo_megatron.{self.worker}").run(config)
+        worker = importlib.import_module(f"gspo_megatron.{self.worker}")
+        if signals is None:
+            worker.run(config)
+            return EXIT_DONE
+        return worker.run(config, signals)
 
 
 def _config_and_overrides(command: str, arguments: Arguments) -> tuple[Path, Arguments]:
@@ -237,7 +264,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         f"train {_CONFIG_USAGE}",
         "Train a policy by reinforcement learning",
-        _RankedCommand("train", TrainConfig, "trainer", writes_run_folder=True),
+        _RankedCommand("train", TrainConfig, "trainer", writes_run_folder=True, saves_on_signal=True),
     ),
     "sft": Command(
         f"sft {_CONFIG_USAGE}",

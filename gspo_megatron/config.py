@@ -38,9 +38,16 @@ class RunConfig:
     """Seed of weights, prompts and sampling."""
     overwrite: bool = False
     """Allow a run folder that already holds a run; its files are replaced."""
+    resume: bool = False
+    """Go on from the newest good checkpoint in the run folder; start anew if it has none. The same command can so be
+    given again after any end of the run. Only for `train`."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**31, f"run.seed={self.seed} must lie between 0 and 2147483647")
+        _require(
+            not (self.resume and self.overwrite),
+            "run.resume=true keeps the run in the folder, run.overwrite=true removes it; set one of them",
+        )
 
 
 @dataclass(frozen=True)
@@ -469,6 +476,31 @@ class TrainLoopConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Training checkpoints, in the run folder's `checkpoints`; what SIGTERM, SIGUSR1 and the deadline save."""
+
+    every: int = 0
+    """Save after every this many rollout batches, and after the last one; 0: only on a signal or at the deadline."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept; older ones are removed."""
+    keep_every: int = 0
+    """Also keep those of every this many rollout batches; 0: none."""
+    async_save: bool = True
+    """Write while training goes on. One checkpoint at most is being written; the next waits for it."""
+    deadline_s: float = 0.0
+    """Save and stop, with exit code 75, at the first rollout batch that ends so many seconds after the start;
+    0: never."""
+    load: Literal["all", "weights"] = "all"
+    """What run.resume takes from the checkpoint: all; or the weights alone, with new optimizer state, for layouts and
+    settings that the optimizer's state does not fit."""
+
+    def __post_init__(self) -> None:
+        _require_positive("checkpoint", self, "keep_last")
+        for name in ("every", "keep_every", "deadline_s"):
+            _require(getattr(self, name) >= 0, f"checkpoint.{name}={getattr(self, name)} must be at least 0")
+
+
+@dataclass(frozen=True)
 class SftLoopConfig:
     """Supervised cold start on the task's worked answers."""
 
@@ -499,6 +531,7 @@ class TrainConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     train: TrainLoopConfig = field(default_factory=TrainLoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

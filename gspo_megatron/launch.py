@@ -12,14 +12,19 @@ import os
 import signal
 import socket
 import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import partial
 
+import psutil
 import torch
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.failures import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, print_error
 from gspo_megatron.parallel import ParallelLayout
+from gspo_megatron.stop import StopSignals, blocked
 
 _PREPARED = "GSPO_MEGATRON_PREPARED"  # set for ranks whose launcher has checked the config and made the run folder
 
@@ -93,13 +98,15 @@ def single_rank_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def launch_local(ranks: int, command: Sequence[str]) -> int:
+def launch_local(ranks: int, command: Sequence[str], signals: StopSignals | None = None) -> int:
     """Run `command` as so many ranks on this machine and wait for them.
 
     Args:
         ranks: number of processes, one a GPU where there are GPUs.
         command: program and arguments. Each process has RANK, WORLD_SIZE and the rest of torchrun's environment,
             and ends through `guard_rank`, which prints the error of the job; nothing is printed twice here.
+        signals: what this process is sent while it waits is passed on to the ranks, which take it with
+            `StopSignals.listening`. None: SIGTERM ends the job.
 
     Returns:
         The job's exit code: 0, 2 if a rank ended with a UserError, 75 if the ranks stopped on a signal, else 1.
@@ -126,7 +133,8 @@ def launch_local(ranks: int, command: Sequence[str]) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=log_dir),
         )
         try:
-            elastic_launch(config, command[0])(*command[1:])
+            with _passing_on(signals, command):
+                elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
             return _job_exit_code({rank: failure.exitcode for rank, failure in error.failures.items()}, ranks)
         except SignalException as error:
@@ -135,6 +143,44 @@ def launch_local(ranks: int, command: Sequence[str]) -> int:
         finally:
             del os.environ[_PREPARED]
     return EXIT_DONE
+
+
+@contextlib.contextmanager
+def _passing_on(signals: StopSignals | None, command: Sequence[str]) -> Iterator[None]:
+    """Ranks that are started inside get the signals that this process gets."""
+    if signals is None:
+        yield
+        return
+    variable = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+    before = os.environ.get(variable)
+    os.environ[variable] = "SIGINT,SIGHUP,SIGQUIT"  # of SIGTERM torch's launcher would kill the ranks
+    signals.on_signal = partial(_pass_on, command)
+    if signals.received is not None:  # before there were ranks
+        threading.Thread(target=_pass_on, args=(command, signals.received), daemon=True).start()
+    try:
+        with blocked():
+            yield
+    finally:
+        signals.on_signal = None
+        os.environ.pop(variable) if before is None else os.environ.__setitem__(variable, before)
+
+
+def _pass_on(command: Sequence[str], number: signal.Signals) -> None:
+    """Send a signal to the ranks; waits for them to be there."""
+    for _ in range(600):
+        ranks = [child for child in psutil.Process().children() if _is_running(child, command)]
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+        if ranks:
+            return
+        time.sleep(0.1)
+
+
+def _is_running(process: psutil.Process, command: Sequence[str]) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.cmdline() == list(command)
+    return False
 
 
 def _silence_torchelastic() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,17 +132,26 @@ class MetricsWriter:
     Args:
         folder: the run folder; metrics.jsonl and samples.jsonl in it are appended to.
         tensorboard: write event files to `folder/tensorboard`.
-        wandb_project: project name; empty means off. Its files go to `folder/wandb`.
+        wandb_project: project name; empty means off. Its files go to `folder/wandb`. A resumed run is a new run there.
         config: the resolved config as nested plain values, recorded by TensorBoard and W&B.
+        first_step: step that is written next; TensorBoard drops those from it on that an earlier start had written.
 
     Raises:
         UserError: a sink was asked for that is not installed, or that cannot start.
     """
 
-    def __init__(self, folder: str | Path, *, tensorboard: bool, wandb_project: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        tensorboard: bool,
+        wandb_project: str,
+        config: dict[str, Any],
+        first_step: int | None = None,
+    ) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._tensorboard = _open_tensorboard(folder, config) if tensorboard else None
+        self._tensorboard = _open_tensorboard(folder, config, first_step) if tensorboard else None
         self._wandb_run = _open_wandb(folder, wandb_project, config) if wandb_project else None
         for name in ("metrics.jsonl", "samples.jsonl"):
             _drop_incomplete_line(folder / name)
@@ -182,6 +192,13 @@ class MetricsWriter:
             self._samples.write(_json_line(_complete({**row, "step": step}, SAMPLE_FIELDS, "field of a sample")))
         self._samples.flush()
 
+    def positions(self) -> tuple[int, int]:
+        """Bytes of metrics.jsonl and samples.jsonl, which are on the disk when this returns."""
+        for file in (self._metrics, self._samples):
+            file.flush()
+            os.fsync(file.fileno())
+        return os.fstat(self._metrics.fileno()).st_size, os.fstat(self._samples.fileno()).st_size
+
     def close(self) -> None:
         """Close all files and sinks. May be called twice."""
         self._metrics.close()
@@ -200,7 +217,7 @@ class MetricsWriter:
         self.close()
 
 
-def _open_tensorboard(folder: Path, config: dict[str, Any]) -> Any:
+def _open_tensorboard(folder: Path, config: dict[str, Any], first_step: int | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
@@ -208,7 +225,7 @@ def _open_tensorboard(folder: Path, config: dict[str, Any]) -> Any:
             f"log.tensorboard=true needs the package {error.name}: pip install tensorboard, "
             "or set log.tensorboard=false"
         ) from error
-    writer = SummaryWriter(log_dir=str(folder / "tensorboard"))
+    writer = SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=first_step)
     writer.add_text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```")
     return writer
 

@@ -34,10 +34,11 @@ class BatchOutcome:
 class Recorder:
     """Writes one row of metrics per rollout batch."""
 
-    def __init__(self, job: Job, label: str, total: int, unit: str = "batch") -> None:
-        self.job = job
+    def __init__(self, job: Job, label: str, total: int, unit: str = "batch", done: int | None = None) -> None:
+        """`done`: of so many the records are there already; None: of nothing, not even of the start."""
+        self.job, self.done = job, done
         self.is_writer = job.groups.rank == 0
-        self.display = Progress(total, label, enabled=self.is_writer, unit=unit)
+        self.display = Progress(total, label, enabled=self.is_writer, unit=unit, completed=done or 0)
         self.writer: MetricsWriter | None = None
         self._errors_said: set[str] = set()
 
@@ -53,10 +54,15 @@ class Recorder:
                         tensorboard=config.log.tensorboard,
                         wandb_project=config.log.wandb_project,
                         config=dataclasses.asdict(config),
+                        first_step=None if self.done is None else self.done + 1,
                     )
                 )
             stack.enter_context(self.display)
             yield self
+
+    def positions(self) -> tuple[int, int]:
+        """Where metrics.jsonl and samples.jsonl end, at rank 0; (0, 0) elsewhere."""
+        return self.writer.positions() if self.writer is not None else (0, 0)
 
     def batch(self, step: int, outcome: BatchOutcome, evaluation: EvalResult | None) -> None:
         """Gather one rollout batch's figures and write them."""

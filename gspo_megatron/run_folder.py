@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from gspo_megatron import checkpoints
 from gspo_megatron.config import SftConfig, TrainConfig
-from gspo_megatron.config_io import dump_config
+from gspo_megatron.config_io import dump_config, load_config
 from gspo_megatron.errors import UserError
 
 CONFIG_FILE = "config.toml"
 RECORDS = ("metrics.jsonl", "samples.jsonl")
-SAVED_FOLDERS = ("final", "tensorboard", "profile")
+FINAL = "final"
+SAVED_FOLDERS = (FINAL, "tensorboard", "profile", checkpoints.FOLDER)
 RUN_FILES = (CONFIG_FILE, *RECORDS, "report.html", "report.png")
 
 
@@ -32,11 +35,14 @@ def problems(config: TrainConfig | SftConfig) -> list[str]:
     if folder.exists() and folder.resolve() == Path(config.model.path).resolve():
         return [f"run.folder={folder} is the model's own folder, model.path; give another folder"]
     found = [name for name in (CONFIG_FILE, *RECORDS, *SAVED_FOLDERS) if os.path.lexists(folder / name)]
+    if config.run.resume:
+        return _changes(config) if found else []
     if not config.run.overwrite:
         if not found:
             return []
+        resumes = ", --run.resume to go on with it" if isinstance(config, TrainConfig) else ""
         return [
-            f"run.folder={folder} already holds a run ({', '.join(found)}); give another folder, "
+            f"run.folder={folder} already holds a run ({', '.join(found)}); give another folder{resumes}, "
             "or --run.overwrite to replace its files"
         ]
     messages = list(_not_removable(folder))
@@ -48,6 +54,83 @@ def problems(config: TrainConfig | SftConfig) -> list[str]:
             "give another run folder"
         )
     return messages
+
+
+# What may not change when a run is resumed, by section; a set holds the exceptions.
+_FIXED: dict[str, set[str]] = {
+    "model": {"experts", "attention"},
+    "task": {"reward_timeout_s", "reward_workers"},
+    "algorithm": {"allow_unusual_clip"},
+    "rollout": {"batch_size"},
+    "optimizer": {"distributed", "overlap_grad_reduce", "overlap_param_gather"},
+}
+_WITH_WEIGHTS_ALONE = "optimizer"  # may change under checkpoint.load = "weights"
+
+
+def _changes(config: TrainConfig | SftConfig) -> list[str]:
+    """What the folder's run was started with and may not change in its middle, with both values."""
+    folder = Path(config.run.folder)
+    if not (folder / CONFIG_FILE).is_file():
+        return [f"run.folder={folder} holds a run without {CONFIG_FILE}, which can't be resumed; give another folder"]
+    if not isinstance(config, TrainConfig):
+        return ["run.resume=true is read by `train` only: sft saves its weights at its end; leave it out"]
+    before, now = load_config(TrainConfig, folder / CONFIG_FILE), resolve(config)
+    pairs = [("run", "seed", before.run.seed, now.run.seed)]
+    for section, free in _FIXED.items():
+        if section == _WITH_WEIGHTS_ALONE and config.checkpoint.load == "weights":
+            continue
+        old, new = getattr(before, section), getattr(now, section)
+        names = (f.name for f in dataclasses.fields(new) if f.name not in free)
+        pairs += [(section, name, getattr(old, name), getattr(new, name)) for name in names]
+    return [
+        f"run.resume: {section}.{name}={new!r}, but the run in {folder} was started with {old!r}; set it to that, or "
+        "give another run.folder"
+        for section, name, old, new in pairs
+        if old != new
+    ]
+
+
+def is_finished(config: TrainConfig | SftConfig) -> bool:
+    """Whether run.resume finds nothing left to do: all rollout batches recorded, the weights saved."""
+    folder = Path(config.run.folder)
+    if not (isinstance(config, TrainConfig) and config.run.resume and (folder / FINAL).is_dir()):
+        return False
+    return _last_step(folder / RECORDS[0]) >= config.train.rollout_batches
+
+
+def _last_step(records: Path) -> int:
+    """Step of the last whole line; -1 without one."""
+    lines = records.read_bytes().splitlines(keepends=True) if records.is_file() else []
+    whole = [line for line in lines[-2:] if line.endswith(b"\n")]
+    try:
+        return int(json.loads(whole[-1])["step"]) if whole else -1
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{records}: the last line is no record of a run; remove it") from None
+
+
+def cut_records(folder: str | Path, metrics_bytes: int, samples_bytes: int) -> None:
+    """Cut the records to where a checkpoint was taken: later batches are made again.
+
+    Raises:
+        UserError: they are shorter than that, or no record ends there.
+    """
+    for name, size in zip(RECORDS, (metrics_bytes, samples_bytes), strict=True):
+        path = Path(folder) / name
+        content = path.read_bytes()[:size] if path.is_file() else b""
+        if len(content) < size or (content and not content.endswith(b"\n")):
+            raise UserError(
+                f"{path} is not what it was when the checkpoint was saved: its first {size} bytes must be whole lines. "
+                "Put it back, or give another run.folder"
+            )
+        if path.is_file():
+            os.truncate(path, size)
+
+
+def remove_final(folder: str | Path) -> None:
+    """Make room for the weights of a run that was resumed beyond its first end."""
+    path = Path(folder) / FINAL
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
 
 
 def _not_removable(folder: Path) -> Iterator[str]:
@@ -66,7 +149,8 @@ def _not_removable(folder: Path) -> Iterator[str]:
 def prepare(config: TrainConfig | SftConfig) -> Path:
     """Make the run folder and write the resolved config into it; returns its path.
 
-    Under `run.overwrite` the records, the report and the saved weights of an earlier run are removed.
+    Under `run.overwrite` the records, the report and the saved weights of an earlier run are removed; under
+    `run.resume` only where there is no checkpoint to go on from.
 
     Raises:
         UserError: the folder holds another run, or can't be written.
@@ -76,21 +160,30 @@ def prepare(config: TrainConfig | SftConfig) -> Path:
     folder = Path(config.run.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
-            (folder / name).unlink(missing_ok=True)
-        for name in SAVED_FOLDERS:
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
-        (folder / CONFIG_FILE).write_text(dump_config(resolve(config)), encoding="utf-8")
+        if not (config.run.resume and checkpoints.complete(folder)):
+            _clear(folder)
+        pending = folder / f".{CONFIG_FILE}.partial"
+        pending.write_text(dump_config(resolve(config)), encoding="utf-8")
+        pending.rename(folder / CONFIG_FILE)
     except OSError as error:
         raise UserError(f"run.folder={folder} cannot be written: {error}") from None
     return folder
+
+
+def _clear(folder: Path) -> None:
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name in SAVED_FOLDERS:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
 
 
 def release(config: TrainConfig | SftConfig) -> None:
     """Take back `prepare` after a run that failed before its first record: the folder is free again."""
     folder = Path(config.run.folder)
     if any((folder / name).exists() and (folder / name).stat().st_size for name in RECORDS):
+        return
+    if checkpoints.complete(folder):
         return
     for name in (CONFIG_FILE, *RECORDS):
         (folder / name).unlink(missing_ok=True)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
 from pathlib import Path
 
-from gspo_megatron import algorithms
+from gspo_megatron import algorithms, run_folder
+from gspo_megatron.checkpointer import Checkpointer
+from gspo_megatron.checkpoints import TrainerState
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.data.exchange import distribute
 from gspo_megatron.evaluate import evaluate
 from gspo_megatron.experience import collect
+from gspo_megatron.failures import EXIT_DONE, EXIT_STOPPED
 from gspo_megatron.job import Job, open_job
 from gspo_megatron.policy.policy import MegatronPolicy, StepResult
 from gspo_megatron.policy.step import LossFunction
 from gspo_megatron.profiling import profiled
 from gspo_megatron.recorder import BatchOutcome, Recorder
 from gspo_megatron.step_metrics import observed_loss
+from gspo_megatron.stop import StopSignals
 from gspo_megatron.types import Sequence, StepBatch
 from gspo_megatron.weight_sync import SyncReport, sync_weights
 
@@ -44,18 +49,29 @@ class Trainer:
         self.next_prompt = 0
         self.times: dict[str, float] = {}
 
-    def run(self) -> None:
-        """All rollout batches, evaluated before, between and after; then the weights are saved."""
+    def run(self, signals: StopSignals | None = None) -> int:
+        """All rollout batches that are not done yet, evaluated before, between and after; then the weights are saved.
+
+        Returns the exit code: 0, or 75 if a signal or the deadline stopped the run after it was saved.
+        """
         total, every = self.config.train.rollout_batches, self.config.eval.every
-        self.sync()
-        with Recorder(self.job, "train", total).open() as recorder:
-            recorder.write(0, {"policy_version": 0}, evaluate(self.job, self.resync))
-            for batch in range(1, total + 1):
-                with self.recorded(batch):
-                    outcome = self.step(batch)
-                due = batch == total or (every > 0 and batch % every == 0)
-                recorder.batch(batch, outcome, evaluate(self.job, self.resync) if due else None)
-        self.policy.save_hf(Path(self.config.run.folder) / "final")
+        with closing(Checkpointer(self.job, self.policy, signals)) as checkpoints:
+            done = self.resume(checkpoints.load())
+            self.sync()
+            with Recorder(self.job, "train", total, done=done).open() as recorder:
+                if done is None:
+                    recorder.write(0, {"policy_version": 0}, evaluate(self.job, self.resync))
+                batch = done or 0
+                while not checkpoints.boundary(batch, partial(self.state, batch, recorder)) and batch < total:
+                    batch += 1
+                    with self.recorded(batch):
+                        outcome = self.step(batch)
+                    due = batch == total or (every > 0 and batch % every == 0)
+                    recorder.batch(batch, outcome, evaluate(self.job, self.resync) if due else None)
+        if batch < total:
+            return EXIT_STOPPED
+        self.save()
+        return EXIT_DONE
 
     def step(self, batch: int) -> BatchOutcome:
         """One rollout batch: generate, score and weigh; learn; hand over the weights."""
@@ -108,6 +124,24 @@ class Trainer:
         """Hand the present version's weights over again, to engines that were lost."""
         return sync_weights(self.policy, self.job, self.version)
 
+    def state(self, batch: int, recorder: Recorder, counts: dict[str, int]) -> TrainerState:
+        """What a checkpoint after `batch` holds besides the policy's tensors, whose counts are given."""
+        metrics_bytes, samples_bytes = recorder.positions()
+        return TrainerState(batch, self.version, self.next_prompt, metrics_bytes, samples_bytes, **counts)
+
+    def resume(self, state: TrainerState | None) -> int | None:
+        """Go on from a checkpoint's state; returns the rollout batches that are done, None of a new run."""
+        if state is None:
+            return None
+        self.version, self.next_prompt = state.policy_version - 1, state.next_prompt  # `sync` hands over the next one
+        return state.batch
+
+    def save(self) -> None:
+        """The weights as a Hugging Face folder."""
+        if self.job.groups.rank == 0:
+            run_folder.remove_final(self.config.run.folder)
+        self.policy.save_hf(Path(self.config.run.folder) / run_folder.FINAL)
+
     def recorded(self, batch: int) -> AbstractContextManager[None]:
         """Has torch's profiler record the rollout batch, if it is the one that is asked for."""
         is_on = batch == self.config.log.profile_batch
@@ -121,7 +155,7 @@ class Trainer:
         self.times[name] = time.perf_counter() - start
 
 
-def run(config: TrainConfig) -> None:
-    """The `train` command on one rank."""
+def run(config: TrainConfig, signals: StopSignals | None = None) -> int:
+    """The `train` command on one rank; returns its exit code."""
     with open_job(config) as job:
-        Trainer(config, job).run()
+        return Trainer(config, job).run(signals)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from gspo_megatron.config import KernelsConfig, MemoryConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.device import DTYPES, current_device
 from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.policy.checkpoint import Snapshot, after_loading, chunks_to_load, take_snapshot
+from gspo_megatron.policy.chunks import read_chunks
 from gspo_megatron.policy.model import build_model, mark_parallel, parameter_slots, transformer_config
 from gspo_megatron.policy.optimizer import build_optimizer, build_schedule, wrap_ddp
 from gspo_megatron.policy.router import RouterLosses, collect_losses
@@ -159,6 +161,23 @@ class MegatronPolicy:
         else:
             assert next(tensors, None) is None
         torch.distributed.barrier(group=self.groups.world)
+
+    def snapshot(self) -> Snapshot:
+        """This rank's share of a checkpoint: weights, the optimizer's state, counts. Good until the next step, unless
+        a forked process writes it: that one keeps what there is now."""
+        self._finish_parameters()
+        return take_snapshot(self.chunks, self.optimizer, self.schedule).to_host()
+
+    def restore(self, folder: Path, counts: Mapping[str, int], *, weights_only: bool = False) -> None:
+        """Take over a checkpoint's state, whatever layout saved it. The reference model stays the initial one.
+
+        `counts` are those of the snapshot; `weights_only` leaves the optimizer's state as new.
+
+        Raises:
+            UserError: the checkpoint lacks something, or is of another model.
+        """
+        read_chunks(folder, chunks_to_load(self.chunks, self.optimizer, weights_only=weights_only))
+        after_loading(self.optimizer, self.schedule, counts, weights_only=weights_only)
 
     @property
     def device(self) -> torch.device:

@@ -22,11 +22,10 @@ BUCKET_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor of the rule table lies on this rank: a parameter, a slice of one that stacks experts, or a
-    buffer, which no optimizer changes."""
+    """Where one tensor of the rule table lies on this rank: a parameter, or a slice of one that stacks experts."""
 
     name: str  # TensorSpec.megatron
-    parameter: Tensor
+    parameter: Parameter
     index: int | None = None  # along the parameter's first axis
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -53,15 +52,14 @@ class PolicyWeights:
 
     @property
     def parameters(self) -> list[Parameter]:
-        """This rank's parameters, each once; no buffers."""
-        held = {id(slot.parameter): slot.parameter for slot in self.slots.values()}
-        return [tensor for tensor in held.values() if isinstance(tensor, Parameter)]
+        """This rank's parameters, each once."""
+        return list({id(slot.parameter): slot.parameter for slot in self.slots.values()}.values())
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> HFCheckpoint:
         """Read this rank's share of an HF folder. UserError unless its tensors are exactly the model's."""
         checkpoint = HFCheckpoint(folder)
-        checkpoint.verify(self.specs, left_out=self.fields.left_out)
+        checkpoint.verify(self.specs)
         self._fill(lambda spec: [checkpoint.read(name) for name in spec.hf])
         return checkpoint
 

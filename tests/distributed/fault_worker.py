@@ -18,6 +18,7 @@ from typing import Any
 
 from gspo_megatron import cli, launch
 from gspo_megatron.logs import quiet_libraries
+from gspo_megatron.stop import StopSignals
 
 MICRO_BATCH = 2  # the first has gone through forward and backward, or through forward in a pipeline
 MESSAGE = "the experts of this rank broke"
@@ -63,11 +64,11 @@ def arm(fault: str) -> None:
     MegatronPolicy.train_step = armed_step  # type: ignore[method-assign]
 
 
-def launch_this_script(ranks: int, command: Sequence[str]) -> int:
+def launch_this_script(ranks: int, command: Sequence[str], signals: StopSignals | None) -> int:
     """launch_local with this script in the place of `-m gspo_megatron`."""
     python, *module = command[:3]
     assert module == ["-m", "gspo_megatron"], command
-    return launch_local(ranks, [python, __file__, *command[3:]])
+    return launch_local(ranks, [python, __file__, *command[3:]], signals)
 
 
 if __name__ == "__main__":

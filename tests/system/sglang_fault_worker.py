@@ -25,6 +25,7 @@ import psutil
 
 from gspo_megatron import cli, launch
 from gspo_megatron.logs import quiet_libraries
+from gspo_megatron.stop import StopSignals
 
 FOLDER = Path(os.environ["FAULT_FOLDER"])
 SENT_S = 0.3  # in which a request reaches a server that is stopped
@@ -173,11 +174,11 @@ def leave_guards() -> None:
     SGLangServer.start = started  # type: ignore[method-assign]
 
 
-def launch_this_script(ranks: int, command: Sequence[str]) -> int:
+def launch_this_script(ranks: int, command: Sequence[str], signals: StopSignals | None) -> int:
     """launch_local with this script in the place of `-m gspo_megatron`."""
     python, *module = command[:3]
     assert module == ["-m", "gspo_megatron"], command
-    return launch_local(ranks, [python, __file__, *command[3:]])
+    return launch_local(ranks, [python, __file__, *command[3:]], signals)
 
 
 if __name__ == "__main__":
