@@ -18,9 +18,8 @@ EVAL = ["--eval.prompts", "64"]
 
 
 def run(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "gspo_megatron", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, "-m", "gspo_megatron", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
