@@ -111,7 +111,7 @@ class PackedSequences(PackedSeqParams):
     context_rank: int
     context_size: int
     router_inputs: RouterInputs | None = None
-    rotary_angles: Tensor | None = None  # [≥ longest sequence, 1, 1, head_dim], of each position; None: no rotation
+    rotary_angles: Tensor | None = None  # [≥ longest sequence, 1, 1, rotary_dim], of each position; None: no rotation
     _plan: AttentionPlan | None = None
     _rotation: tuple[Tensor, Tensor] | None = None
 
@@ -129,7 +129,7 @@ class PackedSequences(PackedSeqParams):
         return self._plan
 
     def rotation(self, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the T local tokens' angles, [T, 1, head_dim] each, the first half of the sine negated.
+        """Cosine and sine of the T local tokens' angles, [T, 1, rotary_dim] each, the first half of the sine negated.
 
         Made by the first layer, kept for the others.
         """
@@ -183,18 +183,23 @@ def _segment_of(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
 class Rotate(torch.autograd.Function):
     """Rotary embedding of queries or keys, in the roundings of Megatron's own.
 
-    x [T, heads, head_dim], cos and sin [T, 1, head_dim], as `PackedSequences.rotation` gives them -> like x.
+    x [T, heads, head_dim], cos and sin [T, 1, rotary_dim], as `PackedSequences.rotation` gives them -> like x. What a
+    head has beyond rotary_dim stays as it is.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return (x * cos).add_(_swap_halves(x).mul_(sin))
+        turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
+        turned = (turned * cos).add_(_swap_halves(turned).mul_(sin))
+        return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         [gradient], (cos, sin) = gradients, ctx.saved_tensors
-        return (gradient * cos).sub_(_swap_halves(gradient).mul_(sin)), None, None
+        turned, rest = gradient.split([cos.shape[-1], gradient.shape[-1] - cos.shape[-1]], -1)
+        turned = (turned * cos).sub_(_swap_halves(turned).mul_(sin))
+        return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], -1), None, None
 
 
 def _swap_halves(x: Tensor) -> Tensor:

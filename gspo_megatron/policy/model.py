@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequ
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import Parameter
 
 from gspo_megatron import ops
 from gspo_megatron.config import KernelsConfig, MemoryConfig, ModelConfig
@@ -22,7 +23,7 @@ from gspo_megatron.device import DTYPES, current_device
 from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.policy.attention import core_attention
 from gspo_megatron.policy.experts import GroupedExperts
-from gspo_megatron.policy.norm import RMSNorm
+from gspo_megatron.policy.norm import ProjectionNorm, RMSNorm
 from gspo_megatron.policy.router import Layer, Router, RouterLosses
 from gspo_megatron.policy.weights import Slot
 from gspo_megatron.weights.families.base import ModelFields
@@ -116,6 +117,8 @@ class PolicyModel(GPTModel):
         )
 
 
+BUFFERS = (".router.expert_bias",)  # ends of the names of buffers that are weights
+
 RECOMPUTATION: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -137,7 +140,14 @@ def transformer_config(
             "moe_ffn_hidden_size": fields.expert_ffn_hidden_size,
             "moe_layer_freq": [int(i in fields.moe_layers) for i in range(fields.num_layers)],
             "moe_router_pre_softmax": fields.router_pre_softmax,
-            "moe_router_score_function": "softmax",
+            "moe_router_score_function": fields.router_score,
+            "moe_router_enable_expert_bias": fields.router_selection_bias,
+            "moe_router_bias_update_rate": 0.0,  # the selection bias stays what the checkpoint says
+            "moe_router_num_groups": fields.router_groups,
+            "moe_router_group_topk": fields.router_groups_chosen,
+            "moe_router_topk_scaling_factor": fields.router_scale,
+            "moe_shared_expert_intermediate_size": fields.shared_ffn_hidden_size,
+            "moe_shared_expert_gate": fields.shared_expert_gate,
             "moe_router_load_balancing_type": "none",
             "moe_router_dtype": "fp32",
             "moe_grouped_gemm": False,
@@ -155,8 +165,9 @@ def transformer_config(
         ffn_hidden_size=fields.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=fields.norm_eps,
-        qk_layernorm=fields.qk_layernorm,
+        qk_layernorm=fields.qk_layernorm and fields.qk_norm_of_heads,  # not for ProjectionNorm: see there
         add_bias_linear=False,
+        add_qkv_bias=fields.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
         hidden_dropout=0.0,
@@ -204,11 +215,12 @@ def check_traps(config: TransformerConfig) -> None:
         # Scaled by the local token count, and off by a part of the norm under tensor with sequence parallelism:
         # policy/router.py has its own.
         assert config.moe_router_load_balancing_type == "none" and config.moe_z_loss_coeff is None
+        assert config.moe_router_bias_update_rate == 0, "rollouts would route by another bias than the trainer"
     assert not config.moe_router_fusion, "the fused router leaves no room to replay routes"
     assert config.tensor_model_parallel_size == 1 or config.sequence_parallel
 
 
-def _block_spec(config: TransformerConfig, model: ModelConfig, chunk: int | None) -> Any:
+def _block_spec(fields: ModelFields, config: TransformerConfig, model: ModelConfig, chunk: int | None) -> Any:
     """Megatron's own block without Transformer Engine's layers, with our attention, routers, experts and norms."""
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=chunk)
     spec.layer_norm = RMSNorm
@@ -221,6 +233,9 @@ def _block_spec(config: TransformerConfig, model: ModelConfig, chunk: int | None
         attention.core_attention = ModuleSpec(module=core_attention(model.attention))
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+        elif fields.qk_layernorm:
+            attention.q_layernorm = ModuleSpec(ProjectionNorm, {"heads": fields.num_attention_heads})
+            attention.k_layernorm = ModuleSpec(ProjectionNorm, {"heads": fields.num_query_groups})
         if hasattr(parts.mlp.submodules, "experts"):
             parts.mlp.submodules.router = partial(Router, losses=losses)
             if model.experts == "grouped":
@@ -236,7 +251,7 @@ def build_model(
     for chunk in range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else [None]:
         built = PolicyModel(
             config=config,
-            transformer_layer_spec=_block_spec(config, model, chunk),
+            transformer_layer_spec=_block_spec(fields, config, model, chunk),
             vocab_size=padded_vocab_size(fields.vocab_size, layout.tensor),
             real_vocab_size=fields.vocab_size,
             max_sequence_length=fields.max_position_embeddings,
@@ -245,9 +260,13 @@ def build_model(
             share_embeddings_and_output_weights=fields.tied_embeddings,
             position_embedding_type="rope",
             rotary_base=fields.rope_theta,
+            rotary_percent=1.0 if fields.rotary_dim is None else fields.rotary_dim / fields.head_dim,
             vp_stage=chunk,
         )
         chunks.append(built.to(device=current_device(), dtype=config.params_dtype))
+        for module in chunks[-1].modules():
+            if isinstance(module, Router) and module.expert_bias is not None:
+                module.expert_bias = module.expert_bias.float()  # `to` rounds buffers too
     return chunks
 
 
@@ -261,6 +280,8 @@ def mark_parallel(slots: Iterable[Slot], specs: Iterable[TensorSpec]) -> None:
     """
     by_name = {spec.megatron: spec for spec in specs}
     for slot in slots:
+        if not isinstance(slot.parameter, Parameter):
+            continue
         spec = by_name[slot.name]
         sharded = spec.dim is not None or spec.expert is not None
         stacked = slot.index is not None  # one axis more than the rule knows of
@@ -276,7 +297,8 @@ def mark_parallel(slots: Iterable[Slot], specs: Iterable[TensorSpec]) -> None:
 
 
 def parameter_slots(chunks: Sequence[Any], layout: ParallelLayout, fields: ModelFields) -> Iterator[Slot]:
-    """This rank's parameters under their names in the whole model: global layer and expert numbers.
+    """This rank's parameters, and the buffers that belong to the weights, under their names in the whole model: global
+    layer and expert numbers.
 
     A parameter that stacks experts gives one slot for each.
     """
@@ -284,7 +306,8 @@ def parameter_slots(chunks: Sequence[Any], layout: ParallelLayout, fields: Model
     first_expert = parallel_state.get_expert_model_parallel_rank() * experts_here
     for chunk in chunks:
         first_layer = chunk.decoder.layers[0].layer_number - 1
-        for name, parameter in chunk.named_parameters():
+        buffers = ((name, b) for name, b in chunk.named_buffers() if name.endswith(BUFFERS))
+        for name, parameter in [*chunk.named_parameters(), *buffers]:
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
                 parts[2] = str(int(parts[2]) + first_layer)

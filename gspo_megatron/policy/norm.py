@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
+
+from gspo_megatron.groups import Group
 
 
 class _Normalise(torch.autograd.Function):
@@ -52,3 +58,59 @@ class RMSNorm(torch.nn.RMSNorm):
             return super().forward(x)
         output: Tensor = _Normalise.apply(x, self.weight, self.eps)
         return output
+
+
+class ProjectionNorm(torch.nn.Module):
+    """RMSNorm of queries or keys over all heads together (OLMoE), where each tensor-parallel rank holds some heads.
+
+    The weight is a shard of the whole one. Megatron must not be told of it by `qk_layernorm`: it would sum the shards'
+    gradients over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: int) -> None:
+        """`hidden_size` is a head's, as Megatron gives it; `heads` those of all ranks."""
+        super().__init__()
+        self.group: Group = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"]).tp
+        self.eps, self.size = eps, heads * hidden_size
+        self.weight = torch.nn.Parameter(torch.ones(self.size // self.group.size(), dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., local heads, head_dim] -> like x."""
+        flat = x.flatten(-2).to(torch.promote_types(x.dtype, torch.float32))
+        squares = SumOverRanks.apply(flat.square().sum(-1, keepdim=True), self.group)
+        normal = flat * torch.rsqrt(squares / self.size + self.eps)
+        return (normal * self.weight).to(x.dtype).view(x.shape)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """For dist_checkpointing: a shard along the only axis."""
+        state: ShardedStateDict = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+        return state
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum over a group's ranks, each of which uses it in a loss term of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _summed(gradients[0], ctx.group), None
+
+
+def _summed(x: Tensor, group: Group) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    if group.size() > 1:
+        dist.all_reduce(total, group=group)
+    return total

@@ -74,8 +74,8 @@ class AddLoss(torch.autograd.Function):
 class Router(TopKRouter):
     """Megatron's top-k router, with auxiliary losses that are the same in every parallel layout.
 
-    Over the L_i real tokens of sequence i, prompt and response, with p the softmax over all E experts in float32 and
-    k chosen experts a token:
+    Over the L_i real tokens of sequence i, prompt and response, with p the scores of all E experts in float32 (the
+    softmax, or sigmoids divided by their sum) and k chosen experts a token:
 
         f_ie = E / (k·L_i) · (tokens of i that chose e)      P_ie = mean of p_te over the tokens of i
         aux = 1/N Σ_i Σ_e f_ie P_ie        (DeepSeek-V3, arXiv 2412.19437, equations 17-20; 1 if balanced)
@@ -117,12 +117,19 @@ class Router(TopKRouter):
             counts = logits.new_zeros(lengths.numel(), num_experts)
             counts = self._over_sequences(counts.index_add_(0, sequence, routing_map.to(logits.dtype)))
             load = counts * (num_experts / self.topk) / lengths[:, None]
-            aux = (load[sequence] * logits.softmax(-1)).sum(-1) @ mean
+            aux = (load[sequence] * self._shares(logits)).sum(-1) @ mean
         if self.losses.z:
             z = logits.logsumexp(-1).square() @ mean
         share = torch.stack([aux, z]).detach().double()
         self.observed = share if self.observed is None else self.observed + share
         return (self.losses.aux or 0) * aux + (self.losses.z or 0) * z
+
+    def _shares(self, logits: Tensor) -> Tensor:
+        """Each expert's share of a token's scores."""
+        if self.score_function == "softmax":
+            return logits.softmax(-1)
+        scores = logits.sigmoid()
+        return scores / scores.sum(-1, keepdim=True)
 
     def _own_tokens(self, values: Tensor) -> Tensor:
         """Of [T, …], the rows that this rank's router sees: with sequence parallelism one of tp equal runs."""

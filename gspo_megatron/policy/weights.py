@@ -22,10 +22,11 @@ BUCKET_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor of the rule table lies on this rank: a parameter, or a slice of one that stacks experts."""
+    """Where one tensor of the rule table lies on this rank: a parameter, a slice of one that stacks experts, or a
+    buffer, which no optimizer changes."""
 
     name: str  # TensorSpec.megatron
-    parameter: Parameter
+    parameter: Tensor
     index: int | None = None  # along the parameter's first axis
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -52,14 +53,15 @@ class PolicyWeights:
 
     @property
     def parameters(self) -> list[Parameter]:
-        """This rank's parameters, each once."""
-        return list({id(slot.parameter): slot.parameter for slot in self.slots.values()}.values())
+        """This rank's parameters, each once; no buffers."""
+        held = {id(slot.parameter): slot.parameter for slot in self.slots.values()}
+        return [tensor for tensor in held.values() if isinstance(tensor, Parameter)]
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> HFCheckpoint:
         """Read this rank's share of an HF folder. UserError unless its tensors are exactly the model's."""
         checkpoint = HFCheckpoint(folder)
-        checkpoint.verify(self.specs)
+        checkpoint.verify(self.specs, left_out=self.fields.left_out)
         self._fill(lambda spec: [checkpoint.read(name) for name in spec.hf])
         return checkpoint
 

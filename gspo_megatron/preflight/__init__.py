@@ -21,7 +21,14 @@ from gspo_megatron.preflight.describe import (
 )
 from gspo_megatron.preflight.engine import check_engine, unread_engine_settings
 from gspo_megatron.preflight.inputs import check_answer, check_inputs
-from gspo_megatron.preflight.model import check_kernels, check_layout, check_memory, check_weights, read_model
+from gspo_megatron.preflight.model import (
+    check_family,
+    check_kernels,
+    check_layout,
+    check_memory,
+    check_weights,
+    read_model,
+)
 from gspo_megatron.preflight.result import Preflight, Problems, divisors, one_of
 
 if TYPE_CHECKING:
@@ -109,6 +116,7 @@ def _check_common(config: TrainConfig | SftConfig, problems: Problems, *, folder
         if config.model.init == "weights":
             with problems.collect():
                 check_weights(config.model.path, family, fields)
+        check_family(config, family, problems)
         check_layout(config, fields, problems)
         check_kernels(config, fields, problems)
         check_engine(config, problems)

@@ -50,7 +50,7 @@ def check_weights(path: str, family: Family, fields: ModelFields) -> None:
     """Names and shapes from the files' headers; no tensor is read."""
     from gspo_megatron.weights.hf_checkpoint import HFCheckpoint
 
-    HFCheckpoint(path).verify(family.specs(fields))
+    HFCheckpoint(path).verify(family.specs(fields), left_out=fields.left_out)
 
 
 def check_layout(config: TrainConfig | SftConfig, fields: ModelFields, problems: Problems) -> None:
@@ -62,6 +62,8 @@ def check_layout(config: TrainConfig | SftConfig, fields: ModelFields, problems:
     }
     if fields.dense_layers:
         split_by_tensor["intermediate_size"] = fields.ffn_hidden_size
+    if fields.shared_ffn_hidden_size is not None:
+        split_by_tensor["intermediate size of the shared experts"] = fields.shared_ffn_hidden_size
     check_divides(problems, "tensor", parallel.tensor, split_by_tensor)
     check_divides(problems, "pipeline", parallel.pipeline, {"num_hidden_layers": fields.num_layers})
     problems.require(
@@ -131,6 +133,21 @@ def check_kernels(config: TrainConfig | SftConfig, fields: ModelFields, problems
             f'model.attention="transformer_engine" computes in bfloat16, but model.dtype="{model.dtype}"; '
             'use dtype="bfloat16", or attention="torch"',
         )
+
+
+def check_family(config: TrainConfig | SftConfig, family: Family, problems: Problems) -> None:
+    """What is not there for every family: the servers' layout of its tensors, Transformer Engine's attention."""
+    kind = family.model_type
+    problems.require(
+        config.rollout.engine != "sglang" or family.known_to_servers or config.sglang.check == "off",
+        f'rollout.engine="sglang" with sglang.check="{config.sglang.check}": what a server makes of the tensors of a '
+        f'{kind} model is not known, so that its weights can\'t be checked; use sglang.check="off" '
+        '(sglang.probe_prompts still compares log-probabilities), or rollout.engine="embedded"',
+    )
+    problems.require(
+        config.model.attention == "torch" or family.known_to_transformer_engine,
+        f'model.attention="{config.model.attention}" is not set up for {kind} models; use "torch"',
+    )
 
 
 def check_memory(config: TrainConfig | SftConfig, fields: ModelFields, problems: Problems) -> None:

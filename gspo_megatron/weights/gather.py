@@ -65,11 +65,11 @@ class GatheredBucket:
         tensors: list[NamedTensor] = []
         offset = 0
         for i in self.bucket.specs:
-            spec = plan.specs[i]
+            spec, dtype = plan.specs[i], plan.dtype_of(i)  # the same of all in a bucket: they stay aligned
             views = []
             for shape in spec.hf_shapes:
-                size = torch.Size(shape).numel() * plan.dtype.itemsize
-                views.append(flat[offset : offset + size].view(plan.dtype).view(shape))
+                size = torch.Size(shape).numel() * dtype.itemsize
+                views.append(flat[offset : offset + size].view(dtype).view(shape))
                 offset += size
             count = spec.num_shards(plan.layout)
             for shard in range(count):
@@ -133,30 +133,33 @@ def _exchange(
     device: torch.device,
     counters: GatherCounters,
 ) -> dict[tuple[int, int], Tensor]:
-    """One flat message per (source, destination) pair, in the dtype as sent; returns the shards that end here."""
+    """One flat message per source, destination and dtype as sent; returns the shards that end here."""
     here: dict[tuple[int, int], Tensor] = {}
-    outgoing: dict[int, list[Move]] = {}
-    incoming: dict[int, list[Move]] = {}
+    outgoing: dict[tuple[int, str], list[Move]] = {}
+    incoming: dict[tuple[int, str], list[Move]] = {}
     for move in moves:
+        kind = str(plan.dtype_of(move.spec))
         if move.source == rank == move.destination:
             here[move.spec, move.shard] = local[plan.specs[move.spec].megatron]
         elif move.source == rank:
-            outgoing.setdefault(move.destination, []).append(move)
+            outgoing.setdefault((move.destination, kind), []).append(move)
         elif move.destination == rank:
-            incoming.setdefault(move.source, []).append(move)
+            incoming.setdefault((move.source, kind), []).append(move)
 
     operations = []
-    for destination, batch in sorted(outgoing.items()):
-        flat = torch.empty(sum(plan.shard_shapes[m.spec].numel() for m in batch), dtype=plan.dtype, device=device)
+    for (destination, _), batch in sorted(outgoing.items()):
+        dtype = plan.dtype_of(batch[0].spec)
+        flat = torch.empty(sum(plan.shard_shapes[m.spec].numel() for m in batch), dtype=dtype, device=device)
         for move, piece in zip(batch, flat.split([plan.shard_shapes[m.spec].numel() for m in batch]), strict=True):
             shard = local[plan.specs[move.spec].megatron]
             piece.view(shard.shape).copy_(shard)
         counters.sent_bytes += flat.numel() * flat.element_size()
         operations.append(dist.P2POp(dist.isend, flat, destination))
     arrivals = []
-    for source, batch in sorted(incoming.items()):
+    for (source, _), batch in sorted(incoming.items()):
         shapes = [plan.shard_shapes[m.spec] for m in batch]
-        flat = torch.empty(sum(s.numel() for s in shapes), dtype=plan.dtype, device=device)
+        dtype = plan.dtype_of(batch[0].spec)
+        flat = torch.empty(sum(s.numel() for s in shapes), dtype=dtype, device=device)
         counters.received_bytes += flat.numel() * flat.element_size()
         operations.append(dist.P2POp(dist.irecv, flat, source))
         arrivals.append((batch, shapes, flat))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,13 +91,15 @@ class HFCheckpoint:
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
-    def verify(self, specs: Sequence[TensorSpec]) -> None:
-        """Raise UserError unless the folder holds exactly the tensors of the specs, in their shapes, as numbers."""
+    def verify(self, specs: Sequence[TensorSpec], *, left_out: tuple[str, ...] = ()) -> None:
+        """Raise UserError unless the folder holds exactly the tensors of the specs, in their shapes, as numbers.
+
+        `left_out`: prefixes of tensors that may be there and are not read (`ModelFields.left_out`)."""
         expected = {name: shape for s in specs for name, shape in zip(s.hf, s.hf_shapes, strict=True)}
         # A tied model may be stored with or without its head's copy of the embedding.
         tied = {"lm_head.weight"} if "lm_head.weight" not in expected else set()
         missing = sorted(expected.keys() - self.file_of.keys())
-        extra = sorted(self.file_of.keys() - expected.keys() - tied)
+        extra = sorted(n for n in self.file_of.keys() - expected.keys() - tied if not n.startswith(left_out))
         if missing or extra:
             raise UserError(
                 f"{self.folder} does not match its config.json: missing {_listing(missing)}; "
@@ -139,7 +142,7 @@ def save_hf_folder(
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     shards: list[list[str]] = []
-    dtypes: set[torch.dtype] = set()
+    dtypes: Counter[torch.dtype] = Counter()
     total, pending_bytes = 0, 0
     pending: dict[str, Tensor] = {}
 
@@ -150,8 +153,8 @@ def save_hf_folder(
         pending, pending_bytes = {}, 0
 
     for item in tensors:
-        dtypes.add(item.tensor.dtype)
         size = item.tensor.numel() * item.tensor.element_size()
+        dtypes[item.tensor.dtype] += size
         if pending and pending_bytes + size > shard_bytes:
             flush()
         pending[item.name] = item.tensor.detach().to("cpu", copy=True).contiguous()
@@ -174,12 +177,12 @@ def save_hf_folder(
     partial.rename(folder)
 
 
-def _state_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
-    """Make config.json name the dtype that was saved, where it names another."""
-    if len(dtypes) != 1 or not config.is_file():
+def _state_dtype(config: Path, dtypes: Counter[torch.dtype]) -> None:
+    """Make config.json name the dtype that most was saved in, where it names another."""
+    if not dtypes or not config.is_file():
         return
     content = json.loads(config.read_text())
-    saved = str(next(iter(dtypes))).removeprefix("torch.")
+    saved = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
     stated = {key: saved for key in ("dtype", "torch_dtype") if content.get(key) not in (None, saved)}
     if stated:
         config.write_text(json.dumps(content | stated, indent=2) + "\n")
@@ -188,10 +191,10 @@ def _state_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
 def random_tensor(name: str, shape: tuple[int, ...], *, std: float, seed: int) -> Tensor:
     """Initial value of a tensor, a function of its name: the same in every parallel layout.
 
-    Norm weights are one, all else is normal(0, std). float32.
+    Norm weights are one, biases and other vectors zero, all else is normal(0, std). float32.
     """
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
     digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
     generator = torch.Generator().manual_seed((digest ^ seed * 0x9E3779B97F4A7C15) % 2**63)
     return torch.randn(shape, generator=generator) * std

@@ -65,7 +65,7 @@ class ReshardPlan:
 
     specs: tuple[TensorSpec, ...]
     layout: ParallelLayout
-    dtype: torch.dtype  # of the tensors as sent
+    dtype: torch.dtype  # of the tensors as sent, but of those whose spec names another
     shard_shapes: tuple[torch.Size, ...]  # of each spec's shards, which are all alike
     feeds: tuple[tuple[int, ...], ...]
     steps: tuple[Step, ...]
@@ -79,13 +79,17 @@ class ReshardPlan:
         """The model as sent to one feed."""
         return sum(self.spec_bytes(i) for i in range(len(self.specs)))
 
+    def dtype_of(self, index: int) -> torch.dtype:
+        """Dtype of a spec's tensors as sent."""
+        return self.specs[index].dtype or self.dtype
+
     def spec_bytes(self, index: int) -> int:
         """The HF tensors of one spec as sent."""
-        return self.specs[index].numel * self.dtype.itemsize
+        return self.specs[index].numel * self.dtype_of(index).itemsize
 
     def shard_bytes(self, index: int) -> int:
         """One shard on the way to its sender; padding rows of the vocabulary included."""
-        return self.shard_shapes[index].numel() * self.dtype.itemsize
+        return self.shard_shapes[index].numel() * self.dtype_of(index).itemsize
 
     def senders(self, feed: int) -> tuple[int, ...]:
         """The ranks that send to a feed; each needs its own communicator with the servers."""
@@ -217,7 +221,7 @@ def plan_reshard(
         layout: of the ranks that train.
         num_layers, num_experts: of the model; None without experts.
         feeds: for each engine, or set of engines reached by the same broadcast, the ranks that may send to it.
-        dtype: of the tensors as sent.
+        dtype: of the tensors as sent, but of those whose spec names another.
         bucket_bytes: of a bucket at most; a larger tensor is sent alone. A rank needs two buckets of memory at most,
             and one more for each further feed, to whose senders it may give shards in the same step.
         max_senders: of a feed, in all pipeline stages together; at least the pipeline degree.
@@ -226,7 +230,8 @@ def plan_reshard(
     """
     exported = tuple(s for s in specs if not s.load_only)
     shapes = _shard_shapes(exported, layout)
-    sizes = [s.numel * dtype.itemsize for s in exported]
+    dtypes = [s.dtype or dtype for s in exported]
+    sizes = [s.numel * d.itemsize for s, d in zip(exported, dtypes, strict=True)]
     stages = [s.pipeline_stage(layout, num_layers) for s in exported]
     holder = [None if s.expert is None else s.expert * layout.expert // (num_experts or 1) for s in exported]
 
@@ -240,7 +245,7 @@ def plan_reshard(
             here = [i for i in range(len(exported)) if stages[i] == stage]
             senders = _senders(layout, stage, feed, max(1, max_senders // layout.pipeline))
             moved |= _assign(here, sizes, holder, senders, layout, loads, sender_of)
-        queues.append(_queue(number, sender_of, sizes, bucket_bytes))
+        queues.append(_queue(number, sender_of, sizes, bucket_bytes, dtypes))
         relayed.append(frozenset(moved))
 
     steps = _steps(queues, exported, layout, stages, holder, shapes)
@@ -347,14 +352,18 @@ def _balance(
         moved.add(i)
 
 
-def _queue(feed: int, sender_of: Sequence[int], sizes: Sequence[int], bucket_bytes: int) -> list[Bucket]:
+def _queue(
+    feed: int, sender_of: Sequence[int], sizes: Sequence[int], bucket_bytes: int, dtypes: Sequence[torch.dtype]
+) -> list[Bucket]:
     """A feed's buckets: each sender's tensors in the model's order, the senders in turn, so that one sends while the
-    next ones gather."""
+    next ones gather. A bucket is of one dtype."""
     of_sender: dict[int, list[list[int]]] = {}
     filled: dict[int, int] = {}
-    for i, sender in enumerate(sender_of):
+    for i in sorted(range(len(sender_of)), key=lambda i: str(dtypes[i])):
+        sender = sender_of[i]
         buckets = of_sender.setdefault(sender, [])
-        if not buckets or filled[sender] + sizes[i] > bucket_bytes:
+        is_full = not buckets or filled[sender] + sizes[i] > bucket_bytes
+        if is_full or dtypes[buckets[-1][-1]] != dtypes[i]:
             buckets.append([])
             filled[sender] = 0
         buckets[-1].append(i)

@@ -124,6 +124,7 @@ class Rule:
     layers: tuple[int, ...] | None = None  # layers it applies to, for names with {layer}
     num_experts: int | None = None  # for names with {expert}
     load_only: bool = False  # a second copy of tensors that another rule exports
+    dtype: torch.dtype | None = None  # kept and sent in, whatever the model's; None: the model's
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ class TensorSpec:
     layer: int | None
     expert: int | None
     load_only: bool
+    dtype: torch.dtype | None = None  # None: the model's
 
     @property
     def numel(self) -> int:
@@ -176,6 +178,7 @@ def expand(rules: Sequence[Rule], num_layers: int) -> list[TensorSpec]:
                         layer=layer,
                         expert=expert,
                         load_only=rule.load_only,
+                        dtype=rule.dtype,
                     )
                 )
     first = [s for s in specs if s.megatron.startswith("embedding.")]

@@ -110,9 +110,10 @@ def round_trip(layout: dict[str, int], folder: str) -> dict[str, Any]:
     }
 
 
-def save(layout: dict[str, int], folder: str, out: str) -> None:
+def save(layout: dict[str, int], folder: str, out: str, dtype: str = "float32") -> None:
     """Load an HF folder and write it back as one."""
-    policy = make_policy(join(layout), folder)
+    model = ModelConfig(path=folder, dtype=dtype)  # type: ignore[arg-type]
+    policy = MegatronPolicy(model, OptimizerConfig(), join(layout), seed=0, total_steps=10)
     policy.save_hf(Path(out))
 
 
@@ -236,6 +237,8 @@ def whole_gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
                 bucket.grad_data.copy_(torch.cat(whole))
     local = {
         name: slot.of(slot.parameter.main_grad)  # type: ignore[attr-defined]
+        if isinstance(slot.parameter, torch.nn.Parameter)
+        else torch.zeros_like(slot.tensor)  # a buffer
         for name, slot in policy.weights.slots.items()
     }
     buckets = policy.weights.export(policy.weights.plan([[0]], dtype=torch.float32), local)

@@ -30,7 +30,10 @@ from gspo_megatron.config import (
 )
 from gspo_megatron.config_io import load_config
 from gspo_megatron.errors import UserError
-from gspo_megatron.weights.families import load_fields
+from gspo_megatron.preflight.model import check_family
+from gspo_megatron.preflight.result import Problems
+from gspo_megatron.weights.families import load_fields, qwen3_moe
+from gspo_megatron.weights.families.base import Family
 
 MODEL = Path(__file__).parents[2] / "examples" / "quickstart" / "model"  # 2 layers, 4 heads, 2 kv heads, 8 experts
 
@@ -518,3 +521,29 @@ def test_transformer_engine_must_be_there(config: TrainConfig) -> None:
     message = refusal(changed(config, "model", attention="transformer_engine"))
     assert "needs Transformer Engine and a CUDA device" in message
     assert 'use dtype="bfloat16", or attention="torch"' in message
+
+
+def test_servers_must_know_the_family_unless_nothing_is_checked(config: TrainConfig) -> None:
+    stranger = Family("stranger", qwen3_moe.fields, qwen3_moe.rules)
+    config = changed(config, "rollout", engine="sglang")
+
+    def problems_of(config: TrainConfig, family: Family) -> list[str]:
+        problems = Problems()
+        check_family(config, family, problems)
+        return problems.messages
+
+    [message] = problems_of(config, stranger)
+    assert message.startswith('rollout.engine="sglang" with sglang.check="sampled": what a server makes of the tensors')
+    assert "of a stranger model is not known" in message and message.endswith('or rollout.engine="embedded"')
+    assert not problems_of(config, qwen3_moe.FAMILY)
+    assert not problems_of(changed(config, "sglang", check="off"), stranger)
+    assert not problems_of(changed(config, "rollout", engine="embedded"), stranger)
+    [message] = problems_of(changed(config, "model", attention="transformer_engine"), stranger)[1:]
+    assert message == 'model.attention="transformer_engine" is not set up for stranger models; use "torch"'
+
+
+def test_shared_experts_are_split_by_tensor_too(config: TrainConfig, model: Path) -> None:
+    edit_config(model, model_type="qwen2_moe", shared_expert_intermediate_size=31)
+    (model / "model.safetensors").unlink()
+    config = changed(changed(config, "model", init="random"), "parallel", tensor=2)
+    assert "must divide intermediate size of the shared experts=31" in refusal(config)

@@ -5,7 +5,6 @@ For tiny models and machines without SGLang. It holds a full copy of the model.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,10 +15,11 @@ from transformers.initialization import no_init_weights
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.rollout.embedded.decoding import decode
+from gspo_megatron.rollout.embedded.names import in_memory
 from gspo_megatron.rollout.engine import Export, SamplingParams
 from gspo_megatron.types import Group, NamedTensor, Prompt, Rollout
 
-EXPERT = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
+FLOAT32_BUFFERS = ("e_score_correction_bias",)  # ends of the names of buffers that stay so in a bfloat16 model
 
 
 class EmbeddedEngine:
@@ -35,7 +35,11 @@ class EmbeddedEngine:
         model.tie_weights()  # part of the initialisation that was left out
         self.model = model.to(device).eval()
         self.device, self.batch_size = device, batch_size
-        self._parameters = dict(self.model.named_parameters())
+        self._parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        for name, buffer in self.model.named_buffers():
+            if name.endswith(FLOAT32_BUFFERS):
+                buffer.data = buffer.float()
+                self._parameters[name] = buffer
         self._elements_missing: dict[str, int] | None = None
         self._version = -1
 
@@ -86,18 +90,12 @@ class EmbeddedEngine:
         """Nothing is open."""
 
     def _target(self, hf_name: str) -> tuple[str, Tensor]:
-        """The parameter, or the part of one, that a checkpoint's tensor names: transformers 5 holds the
-        experts of a layer in two stacked parameters, checkpoints hold them one by one."""
-        match = EXPERT.fullmatch(hf_name)
-        if not match:
-            return hf_name, self._parameters[hf_name]
-        prefix, expert, projection = match[1], int(match[2]), match[3]
-        if projection == "down":
-            name = prefix + "down_proj"
-            return name, self._parameters[name][expert]
-        name = prefix + "gate_up_proj"
-        gate, up = self._parameters[name][expert].chunk(2, dim=0)
-        return name, gate if projection == "gate" else up
+        """The parameter, or the part of one, that a checkpoint's tensor names."""
+        place = in_memory(hf_name)
+        tensor = self._parameters[place.parameter]
+        if place.expert is not None:
+            tensor = tensor[place.expert]
+        return place.parameter, tensor if place.half is None else tensor.chunk(2, dim=0)[place.half]
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Group]:
         """Sample `num_samples` responses for each prompt.

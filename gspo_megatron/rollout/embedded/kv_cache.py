@@ -80,5 +80,7 @@ class InPlaceLayer(CacheLayerMixin):
 
 def make_cache(model: PreTrainedModel, max_length: int) -> Cache:
     """An empty cache for sequences of up to `max_length` tokens, padding included."""
-    assert getattr(model.config, "sliding_window", None) is None, "every layer is taken to see all tokens"
+    kinds = set(getattr(model.config, "layer_types", None) or ())
+    assert kinds <= {"full_attention"}, f"every layer is taken to see all tokens, not {sorted(kinds)}"
+    assert kinds or not getattr(model.config, "sliding_window", None), "every layer is taken to see all tokens"
     return Cache(layers=[InPlaceLayer(max_length) for _ in range(model.config.num_hidden_layers)])

@@ -84,7 +84,7 @@ class ServerChecksums:
         return DeviceChecksum(sum(self._piece_bytes(plan, plan.specs[i], layout, rank) for i in parameter.specs))
 
     def _piece_bytes(self, plan: ReshardPlan, spec: TensorSpec, layout: ServerLayout, rank: int) -> int:
-        whole = [torch.empty(shape, dtype=plan.dtype, device="meta") for shape in spec.hf_shapes]
+        whole = [torch.empty(shape, dtype=spec.dtype or plan.dtype, device="meta") for shape in spec.hf_shapes]
         piece = server_piece(spec, whole, layout, rank, num_experts=self._num_experts)
         return 0 if piece is None else piece.numel() * piece.element_size()
 

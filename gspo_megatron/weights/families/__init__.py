@@ -7,14 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.errors import UserError, nearest
-from gspo_megatron.weights.families import deepseek_v3, qwen3, qwen3_moe
+from gspo_megatron.weights.families import deepseek_v3, glm4_moe, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
 from gspo_megatron.weights.families.base import Family, ModelFields
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen3.FAMILY, qwen3_moe.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        glm4_moe.FAMILY,
+        mixtral.FAMILY,
+        olmoe.FAMILY,
+        qwen2_moe.FAMILY,
+        qwen3.FAMILY,
+        qwen3_moe.FAMILY,
+    )
+}
 
 # Families whose tensors can be planned for: the trained ones, and those with a rule table and nothing else yet.
 PLANNABLE: dict[str, Family] = FAMILIES | {
     family.model_type: family for family in (deepseek_v3.FAMILY, deepseek_v3.KIMI_K2)
+}
+
+# Families that people ask for and that can't be had, and why.
+REFUSED: dict[str, str] = {
+    "qwen3_next": "its linear-attention layers carry a state over the ends of packed sequences and of context-parallel "
+    "ranks, and Megatron-Core has them with Transformer Engine only",
 }
 
 
@@ -37,6 +53,8 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
 def find_family(config: dict[str, Any]) -> Family:
     """The family of an HF config, by its exact model_type."""
     model_type = str(config.get("model_type"))
+    if model_type in REFUSED:
+        raise UserError(f'config.json: model_type="{model_type}" is not supported: {REFUSED[model_type]}')
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise UserError(f'model_type "{model_type}" is not supported (known: {known}).{nearest(model_type, FAMILIES)}')

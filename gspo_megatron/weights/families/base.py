@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.weights.rules import QKV, GateUp, Rule, TensorSpec, Vocabulary, expand
@@ -27,15 +29,33 @@ class ModelFields:
     tied_embeddings: bool
     initializer_range: float
     qk_layernorm: bool
+    qk_norm_of_heads: bool = True  # each head's queries and keys are normalised alone; False: all heads' together
+    qkv_bias: bool = False
+    rotary_dim: int | None = None  # of a head, the first so many numbers are rotated; None: all
     num_experts: int | None = None
     experts_per_token: int = 0
     expert_ffn_hidden_size: int = 0
     moe_layers: tuple[int, ...] = ()  # layers with experts
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
     router_pre_softmax: bool = False  # softmax before (True) or after top-k
+    router_selection_bias: bool = False  # added to the scores for the choice of experts alone; frozen, in float32
+    router_groups: int | None = None  # groups of experts, of which a token may use `router_groups_chosen`; None: one
+    router_groups_chosen: int | None = None  # by the sum of a group's best two scores
+    router_scale: float | None = None  # factor on the chosen experts' weights
+    shared_ffn_hidden_size: int | None = None  # of the experts that every token uses, together; None: there are none
+    shared_expert_gate: bool = False  # a sigmoid gate on them
+    further_token_layers: int | None = None  # layers behind the last that predict further tokens: see `left_out`
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
         return tuple(i for i in range(self.num_layers) if i not in self.moe_layers)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Prefixes of tensors that are neither loaded, trained nor exported: of the layers that predict further
+        tokens, which neither log-probabilities nor rollouts use."""
+        first, count = self.num_layers, self.further_token_layers or 0
+        return tuple(f"model.layers.{i}." for i in range(first, first + count))
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,8 @@ class Family:
     model_type: str
     fields: Callable[[dict[str, Any]], ModelFields]
     rules: Callable[[ModelFields], Sequence[Rule]]
+    known_to_servers: bool = False  # weights/server_layout.py knows what SGLang makes of its tensors
+    known_to_transformer_engine: bool = False  # Megatron's attention over Transformer Engine computes it
 
     def specs(self, fields: ModelFields) -> list[TensorSpec]:
         """Every parameter of the model."""
@@ -64,18 +86,69 @@ class ConfigReader:
         raise UserError(f'config.json of a {self.config.get("model_type")} model lacks "{name}"')
 
     def refuse_unless(self, name: str, allowed: Sequence[Any], reason: str) -> None:
+        """Refuse a value that is given and not allowed; the first allowed one is what leaving it out means."""
         value = self.config.get(name, allowed[0])
         if value not in allowed:
             raise UserError(f"config.json: {name}={value!r} is not supported: {reason}")
 
-    def rope_theta(self) -> float:
-        """From `rope_parameters` (transformers 5), `rope_scaling` or `rope_theta`; scaled variants are refused."""
+    def rope(self) -> dict[str, Any]:
+        """`rope_parameters` (transformers 5) or `rope_scaling`."""
         # Where both are given, transformers lets the older name go first: that is where users add scaling.
-        parameters = self.config.get("rope_scaling") or self.config.get("rope_parameters") or {}
+        return self.config.get("rope_scaling") or self.config.get("rope_parameters") or {}
+
+    def rope_theta(self) -> float:
+        """From `rope_parameters`, `rope_scaling` or `rope_theta`; scaled variants are refused."""
+        parameters = self.rope()
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind != "default":
             raise UserError(f"config.json: rope_type={kind!r} is not supported; only unscaled rotary embeddings are")
         return float(parameters.get("rope_theta") or self("rope_theta"))
+
+    def experts_per_token(self, *, renormalised: bool) -> int:
+        """`num_experts_per_tok`; refused where it would keep the router from being trained."""
+        count: int = self("num_experts_per_tok")
+        if count == 1 and renormalised:
+            raise UserError(
+                "config.json: num_experts_per_tok=1 with norm_topk_prob=true is not supported: the one expert's "
+                "weight would always be the same and its router never trained; use norm_topk_prob=false or more "
+                "experts a token"
+            )
+        return count
+
+    def renormalised_sigmoid(self) -> bool:
+        """`norm_topk_prob` of a family whose router scores by sigmoid; refused if false."""
+        self.refuse_unless(
+            "norm_topk_prob",
+            [True],
+            "Megatron-Core always renormalises the weights of a sigmoid router's chosen experts",
+        )
+        return True
+
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Layers with experts, of the families that place them by `decoder_sparse_step` and `mlp_only_layers`."""
+        step, dense = self.config.get("decoder_sparse_step", 1), self.config.get("mlp_only_layers") or []
+        return tuple(i for i in range(self("num_hidden_layers")) if i not in dense and (i + 1) % step == 0)
+
+    def further_token_layers(self) -> int | None:
+        """Layers that predict further tokens, by either of their names."""
+        return self.config.get("num_nextn_predict_layers") or self.config.get("num_mtp_layers") or None
+
+    def expert_groups(self) -> tuple[int | None, int | None]:
+        """Groups of experts and how many of them a token may use; (None, None) where that is no restriction."""
+        groups, chosen = self.config.get("n_group") or 1, self.config.get("topk_group") or 1
+        if groups == chosen:
+            return None, None
+        per_token, num_experts = self("num_experts_per_tok"), self("n_routed_experts", "num_local_experts")
+        if per_token // chosen != 2:
+            raise UserError(
+                f"config.json: num_experts_per_tok={per_token} with topk_group={chosen} is not supported: "
+                f"Megatron-Core scores a group by its best num_experts_per_tok // topk_group = {per_token // chosen} "
+                f"experts, the model by its best 2; only num_experts_per_tok={2 * chosen} or {2 * chosen + 1} agree, "
+                "or n_group=1"
+            )
+        if num_experts % groups:
+            raise UserError(f"config.json: n_group={groups} must divide the number of experts, {num_experts}")
+        return groups, chosen
 
 
 def attention_and_norm_rules(f: ModelFields) -> list[Rule]:
@@ -85,6 +158,7 @@ def attention_and_norm_rules(f: ModelFields) -> list[Rule]:
     q_rows, kv_rows = f.num_attention_heads * f.head_dim, f.num_query_groups * f.head_dim
     h = f.hidden_size
     vocabulary = Vocabulary(f.vocab_size)
+    qkv = QKV(f.num_query_groups, f.num_attention_heads // f.num_query_groups, f.head_dim)
     rules = [
         Rule(
             "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ((f.vocab_size, h),), vocabulary, dim=0
@@ -96,15 +170,20 @@ def attention_and_norm_rules(f: ModelFields) -> list[Rule]:
             attention + "linear_qkv.weight",
             tuple(f"{hf_attention}{x}_proj.weight" for x in "qkv"),
             ((q_rows, h), (kv_rows, h), (kv_rows, h)),
-            QKV(f.num_query_groups, f.num_attention_heads // f.num_query_groups, f.head_dim),
+            qkv,
             dim=0,
         ),
         Rule(attention + "linear_proj.weight", (hf_attention + "o_proj.weight",), ((h, q_rows),), dim=1),
     ]
+    if f.qkv_bias:
+        biases = tuple(f"{hf_attention}{x}_proj.bias" for x in "qkv")
+        rules.append(Rule(attention + "linear_qkv.bias", biases, ((q_rows,), (kv_rows,), (kv_rows,)), qkv, dim=0))
     if f.qk_layernorm:
+        rows = {"q": f.head_dim, "k": f.head_dim} if f.qk_norm_of_heads else {"q": q_rows, "k": kv_rows}
+        cut = None if f.qk_norm_of_heads else 0
         rules += [
-            Rule(f"{attention}{x}_layernorm.weight", (f"{hf_attention}{x}_norm.weight",), ((f.head_dim,),))
-            for x in "qk"
+            Rule(f"{attention}{x}_layernorm.weight", (f"{hf_attention}{x}_norm.weight",), ((size,),), dim=cut)
+            for x, size in rows.items()
         ]
     rules += [
         Rule(
@@ -134,18 +213,39 @@ def dense_mlp_rules(f: ModelFields) -> list[Rule]:
     ]
 
 
-def expert_rules(f: ModelFields) -> list[Rule]:
+def expert_rules(
+    f: ModelFields, *, module: str = "mlp", projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> list[Rule]:
     """Router and experts, named per expert as published checkpoints do."""
-    mlp, hf_mlp = "decoder.layers.{layer}.mlp.", "model.layers.{layer}.mlp."
+    mlp, hf_mlp = "decoder.layers.{layer}.mlp.", "model.layers.{layer}." + module + "."
     expert, hf_expert = mlp + "experts.local_experts.{expert}.", hf_mlp + "experts.{expert}."
     ffn, h = f.expert_ffn_hidden_size, f.hidden_size
     assert f.num_experts is not None
-    gate_up = tuple(f"{hf_expert}{x}_proj.weight" for x in ("gate", "up"))
+    gate, up, down = (f"{hf_expert}{x}.weight" for x in projections)
     layers, count = f.moe_layers, f.num_experts
     fc1, fc2 = expert + "linear_fc1.weight", expert + "linear_fc2.weight"
-    down = (hf_expert + "down_proj.weight",)
-    return [
+    rules = [
         Rule(mlp + "router.weight", (hf_mlp + "gate.weight",), ((count, h),), layers=layers),
-        Rule(fc1, gate_up, ((ffn, h), (ffn, h)), GateUp(), dim=0, layers=layers, num_experts=count),
-        Rule(fc2, down, ((h, ffn),), dim=1, layers=layers, num_experts=count),
+        Rule(fc1, (gate, up), ((ffn, h), (ffn, h)), GateUp(), dim=0, layers=layers, num_experts=count),
+        Rule(fc2, (down,), ((h, ffn),), dim=1, layers=layers, num_experts=count),
     ]
+    if f.router_selection_bias:  # in no optimizer: a buffer of Megatron's router, too fine for bfloat16
+        bias, hf_bias = mlp + "router.expert_bias", hf_mlp + "gate.e_score_correction_bias"
+        rules.append(Rule(bias, (hf_bias,), ((count,),), layers=layers, dtype=torch.float32))
+    return rules
+
+
+def shared_expert_rules(f: ModelFields, *, module: str = "shared_experts") -> list[Rule]:
+    """The experts that every token uses: one MLP, cut over the ranks of dense layers."""
+    ffn, h, layers = f.shared_ffn_hidden_size, f.hidden_size, f.moe_layers
+    if ffn is None:
+        return []
+    shared, hf_mlp = "decoder.layers.{layer}.mlp.shared_experts.", "model.layers.{layer}.mlp."
+    gate, up, down = (f"{hf_mlp}{module}.{x}_proj.weight" for x in ("gate", "up", "down"))
+    rules = [
+        Rule(shared + "linear_fc1.weight", (gate, up), ((ffn, h), (ffn, h)), GateUp(), dim=0, layers=layers),
+        Rule(shared + "linear_fc2.weight", (down,), ((h, ffn),), dim=1, layers=layers),
+    ]
+    if f.shared_expert_gate:
+        rules.append(Rule(shared + "gate_weight", (f"{hf_mlp}{module}_gate.weight",), ((1, h),), layers=layers))
+    return rules

@@ -44,4 +44,4 @@ def rules(f: ModelFields) -> list[Rule]:
     return [*attention_and_norm_rules(f), *dense_mlp_rules(f)]
 
 
-FAMILY = Family("qwen3", fields, rules)
+FAMILY = Family("qwen3", fields, rules, known_to_servers=True, known_to_transformer_engine=True)

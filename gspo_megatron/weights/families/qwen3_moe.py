@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from gspo_megatron.errors import UserError
 from gspo_megatron.weights.families import qwen3
 from gspo_megatron.weights.families.base import (
     ConfigReader,
@@ -21,21 +20,14 @@ from gspo_megatron.weights.rules import Rule
 def fields(config: dict[str, Any]) -> ModelFields:
     """Fields of a Qwen3MoeForCausalLM config."""
     read = ConfigReader(config)
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-    moe_layers = tuple(i for i in range(read("num_hidden_layers")) if i not in dense and (i + 1) % step == 0)
-    if read("num_experts_per_tok") == 1 and read("norm_topk_prob"):
-        raise UserError(
-            "config.json: num_experts_per_tok=1 with norm_topk_prob=true is not supported: the one expert's weight "
-            "would always be 1 and its router never trained; use norm_topk_prob=false or more experts a token"
-        )
     return replace(
         qwen3.fields(config),
         # Left out, it is not the dense family's constant.
         head_dim=config.get("head_dim") or read("hidden_size") // read("num_attention_heads"),
         num_experts=read("num_experts", "num_local_experts"),
-        experts_per_token=read("num_experts_per_tok"),
+        experts_per_token=read.experts_per_token(renormalised=read("norm_topk_prob")),
         expert_ffn_hidden_size=read("moe_intermediate_size"),
-        moe_layers=moe_layers,
+        moe_layers=read.sparse_layers(),
         router_pre_softmax=not read("norm_topk_prob"),
     )
 
@@ -45,4 +37,4 @@ def rules(f: ModelFields) -> list[Rule]:
     return [*attention_and_norm_rules(f), *dense_mlp_rules(f), *expert_rules(f)]
 
 
-FAMILY = Family("qwen3_moe", fields, rules)
+FAMILY = Family("qwen3_moe", fields, rules, known_to_servers=True, known_to_transformer_engine=True)

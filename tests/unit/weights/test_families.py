@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from gspo_megatron.errors import UserError
-from gspo_megatron.weights.families import find_family, load_fields, read_hf_config
+from gspo_megatron.weights.families import FAMILIES, find_family, load_fields, read_hf_config
 from gspo_megatron.weights.families.base import ModelFields
 from tests.distributed import tiny_models
 
@@ -218,13 +218,17 @@ def test_a_missing_field_is_named(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "hint"),
-    [("qwen3moe", 'Did you mean "qwen3_moe"?'), ("qwen2", 'Did you mean "qwen3"?'), ("Qwen3", 'Did you mean "qwen3"?')],
+    [
+        ("qwen3moe", 'Did you mean "qwen3_moe"?'),
+        ("qwen4", 'Did you mean "qwen3"?'),
+        ("Qwen3", 'Did you mean "qwen3"?'),
+    ],
 )
 def test_an_unknown_model_type_gets_the_nearest_one(model_type: str, hint: str) -> None:
     with pytest.raises(UserError) as error:
         find_family({"model_type": model_type})
     message = str(error.value)
-    assert f'model_type "{model_type}" is not supported (known: qwen3, qwen3_moe).' in message
+    assert f'model_type "{model_type}" is not supported (known: {", ".join(sorted(FAMILIES))}).' in message
     assert message.endswith(hint)
 
 

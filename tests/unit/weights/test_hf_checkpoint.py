@@ -356,11 +356,14 @@ def test_initial_values_depend_on_name_and_seed_alone() -> None:
     assert first.dtype == torch.float32
 
 
-def test_initial_values_are_normal_and_norms_are_one() -> None:
+def test_initial_values_are_normal_norms_are_one_and_biases_zero() -> None:
     values = random_tensor("w", (400, 500), std=0.02, seed=0).double()
     assert abs(float(values.mean())) < 5 * 0.02 / 200_000**0.5
     assert float(values.std()) == pytest.approx(0.02, rel=0.01)
-    assert torch.equal(random_tensor("norm", (5,), std=0.02, seed=0), torch.ones(5))
+    for norm in ("model.norm.weight", "layers.0.q_a_layernorm.weight"):
+        assert torch.equal(random_tensor(norm, (5,), std=0.02, seed=0), torch.ones(5))
+    for other in ("q_proj.bias", "gate.e_score_correction_bias", "self_attn.sinks"):
+        assert torch.equal(random_tensor(other, (5,), std=0.02, seed=0), torch.zeros(5))
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**31, 2**62])
