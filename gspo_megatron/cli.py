@@ -214,6 +214,13 @@ def _run_serve(arguments: Arguments) -> int:
     return EXIT_DONE
 
 
+def _run_slurm(arguments: Arguments) -> int:
+    from gspo_megatron.slurm import command
+
+    command.run(arguments, usage=f"{PROGRAM} {COMMANDS['slurm'].usage}", summary=COMMANDS["slurm"].summary)
+    return EXIT_DONE
+
+
 def _run_report(arguments: Arguments) -> int:
     parser = _parser("report")
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="run folder with metrics.jsonl")
@@ -285,6 +292,11 @@ COMMANDS: dict[str, Command] = {
         f"check {_CONFIG_USAGE}",
         "Say what a train or sft config would do and what is wrong with it, without running it",
         _run_check,
+    ),
+    "slurm": Command(
+        f"slurm {_CONFIG_USAGE} --nodes N [OPTION …] [--dry-run | --output FILE | --submit]",
+        "Make a SLURM job of a train or sft config that saves before its time limit and comes back",
+        _run_slurm,
     ),
     "report": Command(
         "report RUN_FOLDER [RUN_FOLDER …] [--out DIR]",

@@ -1,0 +1,91 @@
+"""From a plan to the text of an sbatch script."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import jinja2
+
+from gspo_megatron.slurm.plan import Component, JobPlan, Run
+
+TEMPLATE = "job.sbatch.jinja"
+
+
+@dataclass(frozen=True)
+class _ScriptRun:
+    """A run's words in the script, quoted for bash."""
+
+    command: str
+    config: str  # file and overrides
+    folder: str
+
+
+def render(plan: JobPlan, *, command: Sequence[str]) -> str:
+    """The script; the same plan gives the same text.
+
+    Args:
+        plan: the job.
+        command: by which the script was made, for its first lines.
+    """
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        # "{#" is a comment in Jinja and the length of an array in bash.
+        comment_start_string="<#",
+        comment_end_string="#>",
+    )
+    environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    return template.render(
+        plan=plan,
+        request=plan.request,
+        servers=plan.servers,
+        made_by=shlex.join(command),
+        components=_directives(plan),
+        runs=[_script_run(run) for run in plan.runs],
+    )
+
+
+def _script_run(run: Run) -> _ScriptRun:
+    return _ScriptRun(
+        run.command, shlex.join([str(run.config_file), *run.overrides]), shlex.quote(run.config.run.folder)
+    )
+
+
+def _directives(plan: JobPlan) -> list[list[str]]:
+    """Options of sbatch: of the job, or of each component of a heterogeneous one."""
+    request = plan.request
+    whole = [
+        f"--job-name={plan.name}",
+        f"--output={'%x-%A_%a.out' if plan.is_array else '%x-%j.out'}",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=B:USR1@{request.signal_lead_s}",
+    ]
+    if plan.is_array:
+        limit = f"%{request.array_limit}" if request.array_limit else ""
+        whole.append(f"--array=0-{len(plan.runs) - 1}{limit}")
+    components = [[*whole, *_resources(plan, plan.trainers)]]
+    if plan.server_component is not None:
+        components.append(_resources(plan, plan.server_component))
+    return components
+
+
+def _resources(plan: JobPlan, component: Component) -> list[str]:
+    request = plan.request
+    found = [f"--nodes={component.nodes}", f"--ntasks-per-node={component.tasks_per_node}"]
+    if component.gpus_per_node:
+        found.append(f"--gpus-per-node={component.gpus_per_node}")
+    if component.cpus_per_task:
+        found.append(f"--cpus-per-task={component.cpus_per_task}")
+    found.append(f"--time={request.time}")
+    if component.partition:
+        found.append(f"--partition={component.partition}")
+    if request.account:
+        found.append(f"--account={request.account}")
+    return [*found, *request.sbatch]
