@@ -168,10 +168,12 @@ def _train(config: TrainConfig | SftConfig) -> TrainConfig:
     return config
 
 
-def _check(config: TrainConfig | SftConfig) -> Preflight:
+def _check(config: TrainConfig | SftConfig, *, here: bool = True) -> Preflight:
     from gspo_megatron import preflight
 
-    return preflight.check_train(config) if isinstance(config, TrainConfig) else preflight.check_sft(config)
+    if isinstance(config, TrainConfig):
+        return preflight.check_train(config, here=here)
+    return preflight.check_sft(config, here=here)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,17 +181,22 @@ def _check(config: TrainConfig | SftConfig) -> Preflight:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+_ELSEWHERE = "--elsewhere"
+_ELSEWHERE_HELP = f"{_ELSEWHERE}: the run is for another machine; ask for no GPU, SGLang, server or weights here."
+
+
 def _run_check(arguments: Arguments) -> int:
     from gspo_megatron import config_io, preflight
 
     if config_io.wants_help(arguments):
-        print(f"usage: {PROGRAM} {COMMANDS['check'].usage}\n\n{COMMANDS['check'].summary}.")
+        print(f"usage: {PROGRAM} {COMMANDS['check'].usage}\n\n{COMMANDS['check'].summary}.\n\n{_ELSEWHERE_HELP}")
         return EXIT_DONE
-    path, overrides = _config_and_overrides("check", arguments)
+    here = _ELSEWHERE not in arguments
+    path, overrides = _config_and_overrides("check", [word for word in arguments if word != _ELSEWHERE])
     tables = config_io.read_toml(path)
     is_sft = "sft" in tables or any(token.startswith("--sft.") for token in overrides)
     config = _load(SftConfig if is_sft else TrainConfig, path, overrides)
-    checked = _check(config)
+    checked = _check(config, here=here)
     inputs = preflight.check_inputs(config)
     print(f"{'sft' if is_sft else 'train'} {path}", checked.describe(), inputs.describe(), sep="\n")
     return EXIT_DONE
@@ -289,7 +296,7 @@ COMMANDS: dict[str, Command] = {
         _run_serve,
     ),
     "check": Command(
-        f"check {_CONFIG_USAGE}",
+        f"check {_CONFIG_USAGE} [{_ELSEWHERE}]",
         "Say what a train or sft config would do and what is wrong with it, without running it",
         _run_check,
     ),

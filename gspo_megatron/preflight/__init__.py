@@ -37,8 +37,14 @@ if TYPE_CHECKING:
 __all__ = ["Preflight", "check_answer", "check_eval", "check_inputs", "check_sft", "check_train"]
 
 
-def check_train(config: TrainConfig, *, folder: bool = True) -> Preflight:
-    """Check a training run; `folder=False` leaves the run folder out.
+def check_train(config: TrainConfig, *, folder: bool = True, here: bool = True) -> Preflight:
+    """Check a training run.
+
+    Args:
+        config: the run.
+        folder: look at the run folder.
+        here: the run starts on this machine. False: nothing is asked of it, neither GPUs nor SGLang nor servers, and
+            weights are checked only if they are there.
 
     Raises:
         UserError: everything that is wrong, each with the value and the remedy.
@@ -46,9 +52,9 @@ def check_train(config: TrainConfig, *, folder: bool = True) -> Preflight:
     from gspo_megatron import algorithms
 
     problems = Problems()
-    fields = _check_common(config, problems, folder=folder)
+    fields = _check_common(config, problems, folder=folder, here=here)
     if fields is not None:
-        check_memory(config, fields, problems)
+        check_memory(config, fields, problems, here=here)
     algorithm = config.algorithm
     warnings: list[str] = []
     with problems.collect():
@@ -64,24 +70,24 @@ def check_train(config: TrainConfig, *, folder: bool = True) -> Preflight:
         describe_packing(config),
         ("folder", config.run.folder),
     ]
-    return Preflight(rows, [*warnings, *_unread_settings(config)])
+    return Preflight(rows, [*warnings, *_unread_settings(config, here=here)])
 
 
 def check_eval(config: TrainConfig) -> Preflight:
     """Check an evaluation of `model.path`. It writes nothing, so the run folder is not looked at."""
     problems = Problems()
-    fields = _check_common(config, problems, folder=False)
+    fields = _check_common(config, problems, folder=False, here=True)
     problems.raise_if_any()
     assert fields is not None
     return Preflight([*describe_common(config, fields), describe_eval(config, "")], _unread_task_settings(config.task))
 
 
-def check_sft(config: SftConfig, *, folder: bool = True) -> Preflight:
+def check_sft(config: SftConfig, *, folder: bool = True, here: bool = True) -> Preflight:
     """Check a cold start; like `check_train`."""
     problems = Problems()
-    fields = _check_common(config, problems, folder=folder)
+    fields = _check_common(config, problems, folder=folder, here=here)
     if fields is not None:
-        check_memory(config, fields, problems)
+        check_memory(config, fields, problems, here=here)
     problems.require(
         config.sft.batch_size >= config.parallel.data,
         f"sft.batch_size={config.sft.batch_size} must be at least parallel.data={config.parallel.data}, "
@@ -104,22 +110,26 @@ def check_sft(config: SftConfig, *, folder: bool = True) -> Preflight:
         describe_packing(config),
         ("folder", config.run.folder),
     ]
-    return Preflight(rows, _unread_settings(config))
+    return Preflight(rows, _unread_settings(config, here=here))
 
 
-def _check_common(config: TrainConfig | SftConfig, problems: Problems, *, folder: bool) -> ModelFields | None:
+def _check_common(
+    config: TrainConfig | SftConfig, problems: Problems, *, folder: bool, here: bool
+) -> ModelFields | None:
     """Model, layout, lengths and run folder; returns the model's fields if they could be read."""
+    from gspo_megatron.rollout.sglang.command import has_weights
+
     fields = None
     with problems.collect():
         family, fields = read_model(config.model.path)
     if fields is not None:
-        if config.model.init == "weights":
+        if config.model.init == "weights" and (here or has_weights(config.model.path)):
             with problems.collect():
                 check_weights(config.model.path, family, fields)
         check_family(config, family, problems)
         check_layout(config, fields, problems)
-        check_kernels(config, fields, problems)
-        check_engine(config, problems)
+        check_kernels(config, fields, problems, here=here)
+        check_engine(config, problems, here=here)
         _check_lengths(config, fields, problems)
     problems.require(
         config.eval.prompts >= config.parallel.data,
@@ -161,10 +171,10 @@ def _check_batch(config: TrainConfig, algorithm: AlgorithmConfig, problems: Prob
     )
 
 
-def _unread_settings(config: TrainConfig | SftConfig) -> list[str]:
+def _unread_settings(config: TrainConfig | SftConfig, *, here: bool) -> list[str]:
     """Settings that were given and will not be read."""
     optimizer, warnings = config.optimizer, _unread_task_settings(config.task)
-    warnings += unread_engine_settings(config)
+    warnings += unread_engine_settings(config, here=here)
     if optimizer.min_lr > 0 and optimizer.decay == "constant":
         warnings.append(
             f'optimizer.min_lr={optimizer.min_lr:g} is not read with optimizer.decay="constant"; '

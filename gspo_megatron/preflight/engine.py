@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,24 +31,29 @@ def describe_engine(config: TrainConfig | SftConfig) -> str:
     return f"SGLang, {where}; weights over {sglang.transport}, checksums {sglang.check}"
 
 
-def unread_engine_settings(config: TrainConfig | SftConfig) -> list[str]:
-    """Settings of the other engine that were given."""
+def unread_engine_settings(config: TrainConfig | SftConfig, *, here: bool = True) -> list[str]:
+    """Settings of the other engine that were given, or that do nothing `here`."""
     if config.rollout.engine == "embedded" and config.sglang != SGLangConfig():
         given = [f.name for f in fields(SGLangConfig) if getattr(config.sglang, f.name) != f.default]
         return [f'sglang.{given[0]} is not read with rollout.engine="embedded"; use "sglang", or leave [sglang] out']
     batch_size = config.rollout.batch_size
-    if config.sglang.colocate and config.rollout.engine == "sglang" and not torch.cuda.is_available():
+    if here and config.sglang.colocate and config.rollout.engine == "sglang" and not torch.cuda.is_available():
         return ["sglang.colocate saves no memory without GPUs"]
     if config.rollout.engine == "sglang" and batch_size != GenerationConfig.batch_size:
         return [f'rollout.batch_size={batch_size} is not read with rollout.engine="sglang"; see sglang.max_concurrent']
     return []
 
 
-def check_engine(config: TrainConfig | SftConfig, problems: Problems) -> None:
-    """What would keep the servers from starting or answering. Starts none; asks those that were named."""
+def check_engine(config: TrainConfig | SftConfig, problems: Problems, *, here: bool = True) -> None:
+    """What would keep the servers from starting or answering. Starts none; asks those that were named, unless the run
+    is not to start `here`."""
     if config.rollout.engine != "sglang":
         return
     sglang = config.sglang
+    if not here:
+        with problems.collect():
+            check_server_options(sglang, config.model.path)
+        return
     with problems.collect():
         if sglang.server_addresses:
             _check_servers(sglang)
@@ -56,6 +62,14 @@ def check_engine(config: TrainConfig | SftConfig, problems: Problems) -> None:
     with problems.collect():
         if sglang.router:
             _check_router(sglang)
+
+
+def check_server_options(sglang: SGLangConfig, model_folder: str) -> None:
+    """Raise UserError for arguments and degrees that no machine could serve the model with."""
+    from gspo_megatron.rollout.sglang.command import check_model, split_arguments
+
+    split_arguments(sglang)
+    check_model(sglang, Path(model_folder))
 
 
 def _check_start(config: TrainConfig | SftConfig) -> None:

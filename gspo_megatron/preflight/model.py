@@ -98,14 +98,16 @@ def check_layout(config: TrainConfig | SftConfig, fields: ModelFields, problems:
     )
 
 
-def check_kernels(config: TrainConfig | SftConfig, fields: ModelFields, problems: Problems) -> None:
-    """Whether the chosen kernels, experts, routers' losses and attention can run on this model and machine."""
+def check_kernels(
+    config: TrainConfig | SftConfig, fields: ModelFields, problems: Problems, *, here: bool = True
+) -> None:
+    """Whether the chosen kernels, experts, routers' losses and attention can run on this model, and `here`."""
     import torch
 
     from gspo_megatron import ops
     from gspo_megatron.device import DTYPES, current_device
 
-    if config.kernels.implementation == "native":
+    if config.kernels.implementation == "native" and here:
         with problems.collect():
             ops.check_device(current_device())
     model, parallel = config.model, config.parallel
@@ -124,7 +126,7 @@ def check_kernels(config: TrainConfig | SftConfig, fields: ModelFields, problems
         problems.require(wrong is None, f'model.experts="grouped" can\'t run: {wrong}; use "sequential"')
     if model.attention == "transformer_engine":
         problems.require(
-            importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available(),
+            not here or (importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()),
             'model.attention="transformer_engine" needs Transformer Engine and a CUDA device; install them, '
             'or use "torch"',
         )
@@ -150,8 +152,10 @@ def check_family(config: TrainConfig | SftConfig, family: Family, problems: Prob
     )
 
 
-def check_memory(config: TrainConfig | SftConfig, fields: ModelFields, problems: Problems) -> None:
-    """Whether the memory settings can do anything on this model and machine. An evaluation doesn't read them."""
+def check_memory(
+    config: TrainConfig | SftConfig, fields: ModelFields, problems: Problems, *, here: bool = True
+) -> None:
+    """Whether the memory settings can do anything on this model, and `here`. An evaluation doesn't read them."""
     import torch
 
     problems.require(
@@ -161,7 +165,8 @@ def check_memory(config: TrainConfig | SftConfig, fields: ModelFields, problems:
     if config.memory.offload_optimizer > 0:
         given = f"memory.offload_optimizer={config.memory.offload_optimizer:g}"
         problems.require(
-            torch.cuda.is_available(), f"{given} moves state from a GPU to host memory, but there is no GPU; use 0"
+            not here or torch.cuda.is_available(),
+            f"{given} moves state from a GPU to host memory, but there is no GPU; use 0",
         )
         problems.require(
             config.model.dtype == "bfloat16",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gspo_megatron import config_io
@@ -45,18 +47,50 @@ def run(arguments: Sequence[str], *, usage: str, summary: str) -> None:
 
 
 def make_plan(options: Arguments) -> JobPlan:
-    """The job of a command line; reads the config files that it names."""
+    """The job of a command line; reads the config files that it names, and the models if they are here."""
+    runs = _read_runs(options)
+    plan = plan_job(runs, options.request, is_array=options.array is not None)
+    warnings = list(plan.warnings)
+    for number, run in enumerate(runs, start=1):
+        with _naming(options, number):
+            warnings += _check(run)
+    return dataclasses.replace(plan, warnings=tuple(dict.fromkeys(warnings)))
+
+
+def _read_runs(options: Arguments) -> list[Run]:
     if options.array is None:
-        return plan_job([_load(options.config, options.overrides)], options.request)
+        return [_load(options.config, options.overrides)]
     runs = []
     for number, words in enumerate(read_array(options.array), start=1):
         is_file = not words[0].startswith("--")
         config = Path(words[0]) if is_file else options.config
-        try:
+        with _naming(options, number):
             runs.append(_load(config, (*options.overrides, *words[int(is_file) :])))
-        except UserError as error:
-            raise UserError(f"--array {options.array}, run {number}: {error}") from None
-    return plan_job(runs, options.request, is_array=True)
+    return runs
+
+
+@contextlib.contextmanager
+def _naming(options: Arguments, number: int) -> Iterator[None]:
+    """Let an error say which run of an array it is about."""
+    try:
+        yield
+    except UserError as error:
+        if options.array is None:
+            raise
+        raise UserError(f"--array {options.array}, run {number}: {error}") from None
+
+
+def _check(run: Run) -> list[str]:
+    """What is doubtful about a run; raises UserError for what can't work on any machine."""
+    from gspo_megatron import preflight
+
+    config = run.config
+    if not (Path(config.model.path) / "config.json").is_file():
+        return [f"model.path={config.model.path} is not on this machine: the layout was not held against the model"]
+    # A run that is there already is gone on with.
+    if isinstance(config, TrainConfig):
+        return preflight.check_train(config, folder=False, here=False).warnings
+    return preflight.check_sft(config, folder=False, here=False).warnings
 
 
 def _load(path: Path, overrides: Sequence[str]) -> Run:

@@ -67,19 +67,19 @@ class JobPlan:
 
     def describe(self) -> str:
         """One line for each thing that the job needs."""
-        request, trainers = self.request, self.trainers
+        request, trainers, first = self.request, self.trainers, self.runs[0].config
         ranks = f"{_count(trainers.tasks_per_node, 'rank')} on each"
         where = f"{ranks}, one a GPU" if request.gpus_per_node else f"{ranks}, on CPUs"
         rows = [
             ("job", f"{self.name}; {request.time} a start, saves {request.signal_lead_s} s before, comes back up to "
                     f"{request.max_requeues} times"),
-            ("trainer", f"{_count(trainers.nodes, 'node')}, {where}; {self.runs[0].config.parallel.layout().describe()}"),
+            ("trainer", f"{_count(trainers.nodes, 'node')}, {where}; {first.parallel.layout().describe()}"),
         ]  # fmt: skip
         if self.servers is not None:
             place = "nodes of their own" if self.servers.apart else "the trainer's nodes"
             rows.append(
                 ("servers", f"{_count(self.servers.nodes, 'node')} × {self.servers.per_node} of TP"
-                            f"{self.runs[0].config.sglang.tensor} on {place}, from port {self.servers.port}")
+                            f"{first.sglang.tensor} on {place}, from port {self.servers.port}")
             )  # fmt: skip
         if self.is_array:
             limit = f", {request.array_limit} at one time" if request.array_limit else ""
@@ -164,10 +164,8 @@ def _ranks_per_node(layout: ParallelLayout, request: JobRequest, reserved: int) 
 
 
 def _needs(layout: ParallelLayout) -> str:
-    return (
-        f"{_count(layout.world_size, 'rank')} (parallel.tensor×context×pipeline×data = {layout.tensor}×{layout.context}×"
-        f"{layout.pipeline}×{layout.data})"
-    )
+    degrees = f"{layout.tensor}×{layout.context}×{layout.pipeline}×{layout.data}"
+    return f"{_count(layout.world_size, 'rank')} (parallel.tensor×context×pipeline×data = {degrees})"
 
 
 def _remedies(layout: ParallelLayout, nodes: int, free: int, reserved: int) -> list[str]:
@@ -278,9 +276,7 @@ def _gpus_beside_ranks(run: Run, request: JobRequest, servers: Servers | None) -
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check_array(
-    runs: Sequence[Run], request: JobRequest, plans: Sequence[tuple[Component, Servers | None]]
-) -> None:
+def _check_array(runs: Sequence[Run], request: JobRequest, plans: Sequence[tuple[Component, Servers | None]]) -> None:
     if request.server_nodes:
         raise UserError(
             f"--array and --server-nodes {request.server_nodes}: SLURM makes no arrays of heterogeneous jobs; let the "

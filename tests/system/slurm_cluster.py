@@ -1,7 +1,7 @@
 """A real SLURM on this machine for tests: munged, slurmctld and one slurmd a node, on loopback, in a folder of its own.
 
-Nodes are slurmd processes with names that resolve nowhere, as on clusters where only SLURM knows its nodes; all have the
-address 127.0.0.1. CPUs are overstated. tools/setup_slurm.sh installs the programs.
+Nodes are slurmd processes with names that resolve nowhere, as where only SLURM knows its nodes; all have the address
+127.0.0.1. CPUs are overstated. tools/setup_slurm.sh installs the programs.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class SlurmCluster:
             listener.close()
         host = socket.gethostname().partition(".")[0]
         nodes = [
-            f"NodeName={node} NodeAddr=127.0.0.1 NodeHostname={host} Port={port} CPUs={CPUS} RealMemory=4000 State=UNKNOWN"
+            f"NodeName={node} NodeAddr=127.0.0.1 NodeHostname={host} Port={port} CPUs={CPUS} RealMemory=4000"
             for node, port in zip(self.nodes, ports[1:], strict=True)
         ]
         text = CONFIG.format(port=ports[0], user=getpass.getuser(), root=self.root, nodes="\n".join(nodes))

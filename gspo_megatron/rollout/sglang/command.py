@@ -160,7 +160,7 @@ def check_servers(config: SGLangConfig, *, model_folder: str | Path, gpus: int, 
         first_gpu: first GPU of the first server.
     """
     split_arguments(config)
-    _check_model(config, Path(model_folder))
+    check_model(config, Path(model_folder))
     if gpus == 0 and config.expert > 1:
         # Its plain torch experts know no expert that is on another rank.
         raise UserError(
@@ -176,7 +176,8 @@ def check_servers(config: SGLangConfig, *, model_folder: str | Path, gpus: int, 
     _check_python(config)
 
 
-def _check_model(config: SGLangConfig, folder: Path) -> None:
+def check_model(config: SGLangConfig, folder: Path) -> None:
+    """Raise UserError unless the model's heads and experts can be spread over a server's ranks."""
     try:
         model: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
