@@ -4,7 +4,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest
 SOURCES := gspo_megatron tests tools examples setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-peers setup-sglang quickstart test test-system check format bench gpu-check clean
+.PHONY: help setup setup-peers setup-sglang setup-slurm quickstart test test-system check format bench gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,13 +18,16 @@ setup-peers:  ## make .venv-peers, where TRL runs beside us in benchmarks
 setup-sglang:  ## make .venv-sglang, where SGLang servers run on this machine's CPU
 	@tools/setup_sglang.sh
 
+setup-slurm:  ## install SLURM for its tests: Debian's packages, as root
+	@tools/setup_slurm.sh
+
 quickstart: setup $(if $(filter sglang,$(ENGINE)),setup-sglang)  ## cold-start a small MoE, improve it with GSPO on this CPU; ENGINE=sglang: SGLang rollouts
 	@examples/quickstart/run.sh
 
 test: setup  ## unit and distributed tests (CPU, gloo)
 	$(PYTEST) tests/unit tests/distributed -m "not gpu and not system"
 
-test-system: setup  ## kills, whole programs, real SGLang servers
+test-system: setup setup-slurm  ## kills, whole programs, real SGLang servers, a real SLURM
 	$(PYTEST) tests/system $(TESTS)
 
 check: setup  ## format, lint, types, import contract

@@ -40,6 +40,7 @@ printf '%s\n' "srun $*" >> calls
 case " $* " in
 *" serve "*)
     trap 'echo "servers ended" >> calls; exit 0' TERM
+    echo $$ > serve.pid
     [ -z "${SERVE:-}" ] || eval "$SERVE"
     printf '0: addresses = "x"\n1: addresses = "y"\n'
     while :; do /bin/sleep 0.05; done ;;
@@ -47,6 +48,7 @@ esac
 echo "MASTER=$MASTER_ADDR:$MASTER_PORT THREADS=$OMP_NUM_THREADS" >> calls
 eval "$TRAIN"
 """,
+    "scancel": 'echo "scancel $*" >> calls; kill -s TERM "$(cat serve.pid)"',
     "sleep": "exec /bin/sleep 0.05",
 }
 
@@ -83,7 +85,7 @@ class Job:
             (folder / name).chmod(0o755)
         (folder / "job.sbatch").write_text(script)
         job = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "trainers", "SLURM_JOB_NODELIST_HET_GROUP_0": "trainers"}
-        job |= {"SLURM_JOB_NODELIST_HET_GROUP_1": "servers", "TRAIN": "exit 0"}
+        job |= {"SLURM_JOB_NODELIST_HET_GROUP_1": "servers", "SLURM_JOB_ID_HET_GROUP_1": "12346", "TRAIN": "exit 0"}
         kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k != "OMP_NUM_THREADS"}
         job |= variables | {"PATH": f"{folder}:{os.environ['PATH']}"}
         self.folder = folder
@@ -218,11 +220,12 @@ def test_servers_on_nodes_of_their_own(tmp_path: Path) -> None:
     ]
     code, _ = (job := Job(tmp_path, script)).wait()
     assert code == 0
-    serve, train, _, ended = job.calls().splitlines()
+    serve, train, _, cancel, ended = job.calls().splitlines()
     assert "--het-group=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 " in serve
     assert " serve examples/quickstart/gspo.toml --rollout.engine sglang --sglang.api_key_file the key " in serve
     assert serve.endswith("--sglang.host 0.0.0.0 --sglang.port 30000 --sglang.servers 2")
     assert "--het-group=0 --nodes=2 " in train and ended == "servers ended"
+    assert cancel == "scancel --signal=TERM 12346.0"
     addresses = "http://10.0.0.3:30000,http://10.0.0.3:30001,http://10.0.0.4:30000,http://10.0.0.4:30001"
     assert train.endswith(f" --sglang.addresses {addresses} --run.resume true")
 
@@ -234,6 +237,7 @@ def test_servers_on_the_nodes_that_train(tmp_path: Path) -> None:
     serve, train, *_ = job.calls().splitlines()
     assert code == 0 and " --overlap " in serve and " --overlap " in train
     assert "http://10.0.0.1:30000,http://10.0.0.1:30001,http://10.0.0.2:30000" in train
+    assert job.calls().endswith("scancel --signal=TERM 12345.0\nservers ended\n")
 
 
 def test_servers_that_do_not_start_end_the_job(tmp_path: Path) -> None:
