@@ -27,7 +27,7 @@ quickstart: setup $(if $(filter sglang,$(ENGINE)),setup-sglang)  ## cold-start a
 test: setup  ## unit and distributed tests (CPU, gloo)
 	$(PYTEST) tests/unit tests/distributed -m "not gpu and not system"
 
-test-system: setup setup-slurm  ## kills, whole programs, real SGLang servers, a real SLURM
+test-system: setup  ## kills, whole programs, real SGLang servers, a real SLURM
 	$(PYTEST) tests/system $(TESTS)
 
 check: setup  ## format, lint, types, import contract

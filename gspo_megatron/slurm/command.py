@@ -36,11 +36,10 @@ def run(arguments: Sequence[str], *, usage: str, summary: str) -> None:
     if options.output is not None:
         _write(options.output, script, overwrite=options.overwrite)
     if options.submit:
-        print(plan.describe())
-        print(f"submitted as job {_submit(script)}")
+        job = _submit(script)
+        print(plan.describe(), f"submitted as job {job}", sep="\n")
     elif options.output is not None:
-        print(plan.describe())
-        print(f"written to {options.output}; submit it with: sbatch {options.output}")
+        print(plan.describe(), f"written to {options.output}; submit it with: sbatch {options.output}", sep="\n")
     else:
         print(plan.describe(), file=sys.stderr)
         print(script, end="", flush=True)

@@ -83,7 +83,7 @@ class JobRequest:
             raise UserError(f"--signal-lead-s {self.signal_lead_s} must lie between 1 and {_MOST_LEAD_S} seconds")
         if self.signal_lead_s + EARLY_S > seconds:
             raise UserError(
-                f"--signal-lead-s {self.signal_lead_s} is too long for --time {self.time}: SLURM may send the signal up to "
+                f"--signal-lead-s {self.signal_lead_s} is too long for --time {self.time}: SLURM may send it up to "
                 f"{EARLY_S} s earlier, which would be before the job starts; ask for more time"
                 + (f", or for a lead of at most {seconds - EARLY_S} s" if seconds > EARLY_S else "")
             )
