@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import shutil
-import struct
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.types import NamedTensor
 from gspo_megatron.weights.rules import TensorSpec
+from gspo_megatron.weights.safetensors_header import DTYPES, Header, StoredTensor, read_header, without_duplicates
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,62 +34,123 @@ COMPANIONS = (
     "chat_template.jinja",
 )
 
+SCALE = "_scale_inv"  # behind a weight's name: that of its scales
+SCALE_BLOCK = 128  # rows and columns of a weight that share a scale
+
 # Integers and eight-bit floats are quantized weights: without their scales they mean nothing.
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class HFCheckpoint:
-    """The weights of one folder. Opens files lazily; `read` returns one tensor."""
+    """The weights of one folder. Maps files lazily; `read` returns one tensor. Safe to use from several threads.
+
+    Weights in 8-bit floats with a scale for each block, as DeepSeek-V3 is published, are read as bfloat16.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._open_files: dict[str, Any] = {}
+        self._headers: dict[str, Header] = {}
+        self._maps: dict[str, memoryview] = {}
+        self._lock = threading.Lock()
         self.file_of = self._locate()
         self.bytes_read = 0
+        names = self.file_of.keys()
+        self.scales = {name: name + SCALE for name in names if name + SCALE in names}
 
     def _locate(self) -> dict[str, str]:
         """File name of each tensor."""
         index = self.folder / INDEX
         if index.is_file():
             try:
-                weight_map = json.loads(index.read_text())["weight_map"]
+                weight_map = json.loads(index.read_bytes(), object_pairs_hook=without_duplicates)["weight_map"]
                 names = {str(name): str(file) for name, file in weight_map.items()}
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise UserError(f"{index} is no safetensors index: {error!r}") from None
             for file in set(names.values()):
-                if Path(file).name != file or not (self.folder / file).is_file():
+                if Path(file).name != file or "\0" in file or not (self.folder / file).is_file():
                     raise UserError(f"{index} names {file!r}, which is not a file of {self.folder}")
+                _check_link(self.folder, file)
             return names
         if (self.folder / SINGLE).is_file():
-            return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+            _check_link(self.folder, SINGLE)
+            return dict.fromkeys(self._header_of(SINGLE).tensors, SINGLE)
         raise UserError(
             f"{self.folder} holds no weights ({SINGLE} or {INDEX}); "
             'set model.init="random" to start from random weights'
         )
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open_files:
-            try:
-                self._open_files[name] = safe_open(self.folder / name, framework="pt", device="cpu")
-            except (SafetensorError, OSError, struct.error) as error:
-                raise UserError(f"{self.folder / name} is no readable safetensors file: {error}") from None
-        return self._open_files[name]
+    def _header_of(self, file: str) -> Header:
+        with self._lock:
+            if file not in self._headers:
+                self._headers[file] = read_header(self.folder / file)
+            return self._headers[file]
+
+    def _stored(self, name: str) -> StoredTensor:
+        header = self._header_of(self.file_of[name])
+        if name not in header.tensors:
+            raise UserError(f"{self.folder / self.file_of[name]} lacks {name}, which {INDEX} says it holds")
+        return header.tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape from the file's header."""
-        return tuple(self._header(name).get_shape())
+        return self._stored(name).shape
 
-    def _header(self, name: str) -> Any:
-        try:
-            return self._file(self.file_of[name]).get_slice(name)
-        except SafetensorError as error:
-            raise UserError(f"{self.folder / self.file_of[name]} lacks {name}: {error}") from None
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the tensor as `read` returns it."""
+        return torch.bfloat16 if name in self.scales else DTYPES[self._stored(name).dtype]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Of the tensor as it lies in its file."""
+        return DTYPES[self._stored(name).dtype]
+
+    def metadata(self, file: str) -> dict[str, str]:
+        """What a file says of itself as a whole."""
+        return self._header_of(file).metadata
+
+    def in_file_order(self) -> dict[str, list[str]]:
+        """Tensors of each file in the order in which they lie there."""
+        named: dict[str, set[str]] = {}
+        for name, file in self.file_of.items():
+            named.setdefault(file, set()).add(name)
+        return {
+            file: [name for name in self._header_of(file).tensors if name in names] for file, names in named.items()
+        }
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
-        tensor = self._file(self.file_of[name]).get_tensor(name)
-        self.bytes_read += tensor.numel() * tensor.element_size()
-        return tensor
+        """One tensor, on the CPU. It may be a view of the file: don't write to it."""
+        if name in self.scales:
+            return self._unscaled(name)
+        return self._read_stored(name)
+
+    def _read_stored(self, name: str) -> Tensor:
+        stored, file = self._stored(name), self.file_of[name]
+        self.bytes_read += stored.nbytes
+        dtype = DTYPES[stored.dtype]
+        if stored.nbytes == 0:
+            return torch.empty(stored.shape, dtype=dtype)
+        begin = self._header_of(file).data_start + stored.start
+        data = torch.frombuffer(self._map(file), dtype=torch.uint8, count=stored.nbytes, offset=begin)
+        if begin % dtype.itemsize:
+            data = data.clone()
+        return data.view(dtype).view(stored.shape)
+
+    def _map(self, file: str) -> memoryview:
+        with self._lock:
+            if file not in self._maps:
+                with open(self.folder / file, "rb") as opened:
+                    # A private mapping: torch wants memory that could be written to.
+                    self._maps[file] = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
+            return self._maps[file]
+
+    def _unscaled(self, name: str) -> Tensor:
+        """Each block of [128, 128] times its own scale, in float32, rounded to bfloat16."""
+        weight, scale = self._read_stored(name), self._read_stored(self.scales[name])
+        result = torch.empty(weight.shape, dtype=torch.bfloat16)
+        columns = scale.repeat_interleave(SCALE_BLOCK, dim=1)[:, : weight.shape[1]]
+        for block, factors in enumerate(columns):
+            rows = slice(block * SCALE_BLOCK, (block + 1) * SCALE_BLOCK)
+            result[rows] = weight[rows].float() * factors
+        return result
 
     def verify(self, specs: Sequence[TensorSpec], *, left_out: tuple[str, ...] = ()) -> None:
         """Raise UserError unless the folder holds exactly the tensors of the specs, in their shapes, as numbers.
@@ -99,7 +160,8 @@ class HFCheckpoint:
         # A tied model may be stored with or without its head's copy of the embedding.
         tied = {"lm_head.weight"} if "lm_head.weight" not in expected else set()
         missing = sorted(expected.keys() - self.file_of.keys())
-        extra = sorted(n for n in self.file_of.keys() - expected.keys() - tied if not n.startswith(left_out))
+        known = expected.keys() | tied | set(self.scales.values())
+        extra = sorted(n for n in self.file_of.keys() - known if not n.startswith(left_out))
         if missing or extra:
             raise UserError(
                 f"{self.folder} does not match its config.json: missing {_listing(missing)}; "
@@ -110,16 +172,39 @@ class HFCheckpoint:
             for name, shape in expected.items()
             if self.shape(name) != shape
         ]
-        stored = {name: self._header(name).get_dtype() for name in expected}
+        stored = {name: self._stored(name).dtype for name in expected}
         wrong += [
             f"{name} is stored as {dtype}, but weights must be one of {', '.join(_WEIGHT_DTYPES)}"
             for name, dtype in stored.items()
-            if dtype not in _WEIGHT_DTYPES
+            if dtype not in _WEIGHT_DTYPES and name not in self.scales
         ]
+        wrong += [problem for name in expected.keys() & self.scales.keys() for problem in self._scale_problems(name)]
         if wrong:
             raise UserError(
                 f"{self.folder}: {'; '.join(wrong[:5])}" + (f"; and {len(wrong) - 5} more" * (len(wrong) > 5))
             )
+
+    def _scale_problems(self, name: str) -> list[str]:
+        stored, scale = self._stored(name), self._stored(self.scales[name])
+        blocks = tuple(-(-size // SCALE_BLOCK) for size in stored.shape)
+        problems = []
+        if stored.dtype != "F8_E4M3" or len(stored.shape) != 2:
+            problems.append(f"{name} has scales, but is stored as {stored.dtype} {list(stored.shape)}, not F8_E4M3")
+        if scale.dtype != "F32" or scale.shape != blocks:
+            problems.append(
+                f"{self.scales[name]} is {scale.dtype} {list(scale.shape)}, should be F32 {list(blocks)}: one scale "
+                f"for {SCALE_BLOCK} × {SCALE_BLOCK} numbers"
+            )
+        return problems
+
+
+def _check_link(folder: Path, file: str) -> None:
+    """A link may lead to another file of the folder, or to where the Hugging Face cache keeps a snapshot's files."""
+    path, home = folder / file, folder.resolve()
+    if path.is_symlink():
+        target = path.resolve()
+        if home not in target.parents and target.parent != home.parent.parent / "blobs":
+            raise UserError(f"{path} is a link out of {folder}, to {target}; put the file itself there")
 
 
 def _listing(names: list[str], most: int = 8) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from gspo_megatron.errors import UserError, nearest
 from gspo_megatron.weights.families import deepseek_v3, glm4_moe, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
 from gspo_megatron.weights.families.base import Family, ModelFields
+from gspo_megatron.weights.families.config_types import check_types
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -42,11 +43,12 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing; model.path must be a Hugging Face model folder with config.json")
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold a JSON object")
+    check_types(config, path)
     return config
 
 

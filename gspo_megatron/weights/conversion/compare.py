@@ -1,0 +1,160 @@
+"""Comparing two models of any formats: by a hash per tensor, or by the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from gspo_megatron.weights.conversion.models import Model, TorchDistModel
+from gspo_megatron.weights.torch_dist.checksums import CHECKSUMS, find_damage
+from gspo_megatron.weights.torch_dist.records import raw_bytes
+
+# What a conversion may change in config.json.
+_ABOUT_STORAGE = ("dtype", "torch_dtype", "quantization_config")
+_BLOCK_NUMBERS = 2**22  # compared at a time: memory stays small
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """How a tensor differs between two models."""
+
+    name: str
+    reason: str  # "missing in …", "shape …", "values …"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of two models."""
+
+    differences: tuple[TensorDifference, ...]
+    config_differences: tuple[str, ...]
+    left_out: tuple[str, ...]  # tensors that belong to no rule and were not compared
+    tensors: int  # compared
+    nbytes: int  # of these, in the first model
+
+    @property
+    def is_equal(self) -> bool:
+        return not self.differences and not self.config_differences
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """xxh3-128 of dtype, shape and bytes."""
+    digest = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    digest.update(raw_bytes(tensor.contiguous()))
+    return digest.hexdigest()
+
+
+def check_files(model: Model, threads: int) -> list[str]:
+    """Files of a torch_dist folder that don't have their checksums, as lines; [] for a folder without checksums."""
+    if isinstance(model, TorchDistModel) and (model.folder / CHECKSUMS).is_file():
+        return find_damage(model.folder, threads=threads)
+    return []
+
+
+def verify(one: Model, other: Model, *, threads: int = 2, advance: Callable[[int], None] | None = None) -> Comparison:
+    """Whether both hold the same tensors bit for bit: a hash of each tensor under its Hugging Face name, on both sides
+    through the rules; and the same config."""
+    return _compare(one, other, _by_hash, threads=threads, advance=advance)
+
+
+def diff(one: Model, other: Model, *, threads: int = 2, advance: Callable[[int], None] | None = None) -> Comparison:
+    """How their tensors differ in numbers, whatever their dtypes. Configs are compared too."""
+    return _compare(one, other, _by_value, threads=threads, advance=advance)
+
+
+def _compare(
+    one: Model,
+    other: Model,
+    compare: Callable[[Tensor, Tensor], str | None],
+    *,
+    threads: int,
+    advance: Callable[[int], None] | None,
+) -> Comparison:
+    ours, theirs = set(one.names), set(other.names)
+    # A tied head may be stored or not.
+    ties = {"lm_head.weight"} if all(m.config.get("tie_word_embeddings") for m in (one, other)) else set()
+    differences = [
+        TensorDifference(name, f"missing in {model.folder}")
+        for model, names in ((other, ours - theirs - ties), (one, theirs - ours - ties))
+        for name in sorted(names)
+    ]
+    common = [name for name in one.names if name in theirs]
+
+    def check(name: str) -> TensorDifference | None:
+        left, right = one.read(name), other.read(name)
+        reason = compare(left, right) if left.shape == right.shape else f"shape {_shape(left)}, {_shape(right)}"
+        if advance is not None:
+            advance(left.numel() * left.element_size())
+        return None if reason is None else TensorDifference(name, reason)
+
+    nbytes = sum(nbytes_of(one, name) for name in common)
+    with ThreadPoolExecutor(threads) as pool:
+        differences += filter(None, pool.map(check, common))
+    return Comparison(
+        tuple(differences),
+        tuple(config_differences(one.config, other.config)),
+        tuple(sorted({*one.left_out, *other.left_out})),
+        len(common),
+        nbytes,
+    )
+
+
+def nbytes_of(model: Model, name: str) -> int:
+    """Of a tensor."""
+    return torch.Size(model.shape(name)).numel() * model.dtype(name).itemsize
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _by_hash(one: Tensor, other: Tensor) -> str | None:
+    left, right = hash_tensor(one), hash_tensor(other)
+    if left == right:
+        return None
+    return f"hash {left}, {right}; {_by_value(one, other) or 'equal in value'}"
+
+
+def _by_value(one: Tensor, other: Tensor) -> str | None:
+    """The largest difference, where it is, and how many numbers differ. Numbers of one dtype are equal if their bits
+    are."""
+    same = one.dtype == other.dtype
+    dtypes = "" if same else f"dtype {one.dtype}, {other.dtype}; "
+    count, worst, place = 0, -1.0, 0
+    left, right = one.reshape(-1), other.reshape(-1)
+    for start in range(0, left.numel(), _BLOCK_NUMBERS):
+        a, b = left[start : start + _BLOCK_NUMBERS], right[start : start + _BLOCK_NUMBERS]
+        differs = _bits_differ(a, b) if same else ~((a.double() == b.double()) | (a.isnan() & b.isnan()))
+        if not differs.any():
+            continue
+        count += int(differs.sum())
+        gaps = torch.where(differs, (a.double() - b.double()).abs().nan_to_num(nan=torch.inf), -1.0)
+        largest = int(gaps.argmax())
+        if float(gaps[largest]) > worst:
+            worst, place = float(gaps[largest]), start + largest
+    if not count:
+        return f"{dtypes}equal in value" if dtypes else None
+    where = [int(i) for i in torch.unravel_index(torch.tensor(place), one.shape)] if one.dim() else []
+    return f"{dtypes}{count} of {one.numel()} numbers differ, by at most {worst:.6g} at {where}"
+
+
+def _bits_differ(one: Tensor, other: Tensor) -> Tensor:
+    """[n] bool of two [n] of one dtype."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return one.view(integers) != other.view(integers)
+
+
+def config_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Keys of two config.json with different values, but for those that speak of the storage."""
+    keys = sorted((one.keys() | other.keys()) - set(_ABOUT_STORAGE))
+    return [
+        f"{key}: {one.get(key, '(absent)')!r}, {other.get(key, '(absent)')!r}"
+        for key in keys
+        if one.get(key, ...) != other.get(key, ...)
+    ]

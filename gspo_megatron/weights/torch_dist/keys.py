@@ -1,0 +1,97 @@
+"""Where Megatron's dist_checkpointing keeps each tensor of the rule tables: key, position and shape.
+
+The keys are those of GPTModel.sharded_state_dict with Megatron's local modules (megatron/core/transformer/
+transformer_block.py, models/gpt/gpt_layer_specs.py) and policy/experts.py: one key for each tensor of a layer, all
+experts of a layer under one key with the expert first; a model whose layers are all alike has one key for all layers,
+with the layer first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gspo_megatron.weights.families.base import ModelFields
+from gspo_megatron.weights.rules import TensorSpec
+
+_LAYER = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
+_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.local_experts\.(?P<expert>\d+)\.(?P<rest>.+)")
+_LINEAR = re.compile(r"(?P<module>.*\.linear_\w+)\.weight")  # modules that save an empty state beside their weight
+
+# Named as if they were fused into the product that follows, as they are with Transformer Engine; not in models with
+# latent attention.
+_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A part of one tensor of the checkpoint: all of it behind the position `index` along its first axes."""
+
+    key: str
+    index: tuple[int, ...]  # of layer, of expert, where these are axes
+    sizes: tuple[int, ...]  # of those axes
+
+    @property
+    def offsets(self) -> tuple[tuple[int, int], ...]:
+        return tuple(zip(self.index, self.sizes, strict=True))
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """How one model's tensors are called."""
+
+    num_layers: int
+    num_experts: int
+    stacks_layers: bool  # all layers under one key
+    fuses_norms: bool
+
+    @classmethod
+    def of(cls, fields: ModelFields, specs: Sequence[TensorSpec], *, stacks_layers: bool | None = None) -> KeyTable:
+        """`stacks_layers` None: as Megatron writes it, which stacks the layers of models without experts."""
+        if stacks_layers is None:
+            stacks_layers = fields.num_experts is None
+        fuses = any(".self_attention.linear_qkv." in spec.megatron for spec in specs)
+        return cls(fields.num_layers, fields.num_experts or 0, stacks_layers, fuses)
+
+    def place(self, spec: TensorSpec) -> Place:
+        """Of a parameter. A second copy (`load_only`) has the place of its original's key; ask only for others."""
+        assert not spec.load_only
+        name, index, sizes = spec.megatron, [], []
+        if match := _LAYER.fullmatch(name):
+            rest, layer = match["rest"], int(match["layer"])
+            if self.fuses_norms:
+                for norm, fused in _NORMS.items():
+                    if rest.startswith(norm):
+                        rest = fused + rest.removeprefix(norm)
+            if self.stacks_layers:
+                name = f"decoder.layers.{rest}"
+                index.append(layer)
+                sizes.append(self.num_layers)
+            else:
+                name = f"decoder.layers.{layer}.{rest}"
+        if match := _EXPERT.fullmatch(name):
+            name = f"{match['experts']}.experts.{match['rest']}"
+            index.append(int(match["expert"]))
+            sizes.append(self.num_experts)
+        return Place(name, tuple(index), tuple(sizes))
+
+    def empty_state(self, spec: TensorSpec) -> str | None:
+        """Key of the empty object that Megatron's linear layers save beside their weight; None where there is none."""
+        place = self.place(spec)
+        match = _LINEAR.fullmatch(place.key)
+        if match is None:
+            return None
+        index, sizes = place.index or (0,), place.sizes or (1,)
+        return f"{match['module']}._extra_state/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, sizes))}"
+
+
+def megatron_shape(spec: TensorSpec) -> tuple[int, ...]:
+    """Of the whole parameter."""
+    parts = [torch.empty(shape, device="meta") for shape in spec.hf_shapes]
+    return tuple(spec.codec.to_megatron(parts).shape)

@@ -1,0 +1,102 @@
+"""Checkpoints of the conversion are Megatron's own: what either writes the other reads, bit for bit, in any layout."""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gspo_megatron.parallel import ParallelLayout
+from gspo_megatron.weights.conversion.execute import execute
+from gspo_megatron.weights.conversion.models import HFModel, TorchDistModel
+from gspo_megatron.weights.conversion.to_hf import ToHF
+from gspo_megatron.weights.conversion.to_megatron import ToMegatron
+from tests.distributed import tiny_models
+from tests.distributed.rank_pool import RankPool
+
+KINDS = ("moe", "mixed", "dense", "tied")
+LAYOUTS = [{}, {"tensor": 2, "expert": 2}, {"pipeline": 2}]
+
+
+class Silent:
+    def advance(self, nbytes: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def layouts_of(kind: str) -> list[dict[str, int]]:
+    dense = kind in ("dense", "tied")
+    return [{k: v for k, v in layout.items() if not (dense and k == "expert")} for layout in LAYOUTS]
+
+
+CASES = [(kind, layout) for kind in KINDS for layout in layouts_of(kind)]
+SAVES = [("moe", {"tensor": 2, "expert": 2}), ("mixed", {"pipeline": 2}), ("tied", {"tensor": 2})]
+
+
+def name_of(value: object) -> str:
+    return ParallelLayout(**value).describe() if isinstance(value, dict) else str(value)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    base, made = tmp_path_factory.mktemp("models"), {}
+
+    def folder(kind: str) -> Path:
+        """The HF folder; beside it, as `KIND.dist`, what the conversion made of it."""
+        if kind not in made:
+            made[kind] = tiny_models.write(base / kind, kind)
+            conversion = ToMegatron(HFModel(made[kind]), file_bytes=100_000, chunk_bytes=5000)
+            assert len(conversion.files) > 1
+            execute(conversion, base / f"{kind}.dist", report=Silent())
+        return made[kind]
+
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "layout"), CASES, ids=name_of)
+def test_megatron_loads_what_the_conversion_wrote(
+    kind: str, layout: dict[str, int], folders: Callable[[str], Path], ranks: Callable[[int], RankPool]
+) -> None:
+    """With strict handling: every key and object that Megatron wants is there, and no other."""
+    source = folders(kind)
+    differing = ranks(ParallelLayout(**layout).world_size).run(
+        "tests.distributed.conversion_cases:load",
+        layout=layout,
+        folder=str(source),
+        checkpoint=str(source.with_name(f"{kind}.dist")),
+    )
+    assert not any(differing), differing
+
+
+@pytest.mark.parametrize(("kind", "layout"), SAVES, ids=name_of)
+def test_what_megatron_saved_is_exported_as_it_was(
+    kind: str,
+    layout: dict[str, int],
+    folders: Callable[[str], Path],
+    ranks: Callable[[int], RankPool],
+    tmp_path: Path,
+) -> None:
+    source = folders(kind)
+    saved = tmp_path / "saved"
+    ranks(ParallelLayout(**layout).world_size).run(
+        "tests.distributed.conversion_cases:save", layout=layout, folder=str(source), out=str(saved), dtype="float32"
+    )
+    model = TorchDistModel(saved)
+    execute(ToHF(model), tmp_path / "hf", report=Silent())
+    ours, original = (load_file(f / "model.safetensors") for f in (tmp_path / "hf", source))
+    assert ours.keys() == original.keys()
+    assert all(torch.equal(ours[name], original[name]) for name in original)
+    assert filecmp.cmp(tmp_path / "hf" / "config.json", source / "config.json", shallow=False)
+    # The conversion writes the same keys, shapes and objects.
+    converted = TorchDistModel(source.with_name(f"{kind}.dist")).checkpoint
+    assert model.checkpoint.objects == converted.objects
+    assert model.checkpoint.tensors.keys() == converted.tensors.keys()
+    for key, tensor in converted.tensors.items():
+        found = model.checkpoint.tensors[key]
+        assert found.dtype == tensor.dtype
+        # Megatron pads a vocabulary to a multiple of the tensor-parallel degree.
+        assert found.shape == tensor.shape or (found.shape[0] == 132 and tensor.shape[0] == tiny_models.VOCAB), key
