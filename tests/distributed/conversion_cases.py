@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import queue
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from gspo_megatron.config import ModelConfig, OptimizerConfig
@@ -22,9 +24,7 @@ from tests.distributed.cases import join
 
 
 def _policy(layout: dict[str, int], folder: str, init: str) -> MegatronPolicy:
-    return MegatronPolicy(
-        ModelConfig(path=folder, init=init), OptimizerConfig(), join(layout), seed=7, total_steps=1
-    )
+    return MegatronPolicy(ModelConfig(path=folder, init=init), OptimizerConfig(), join(layout), seed=7, total_steps=1)
 
 
 def _state(policy: MegatronPolicy) -> dict[str, Any]:
@@ -43,12 +43,14 @@ def _on_cpu() -> Iterator[None]:
     process, cuda = multiprocessing.current_process(), torch.cuda
     before = cuda.synchronize, cuda.current_device
     process._config["daemon"] = False  # type: ignore[attr-defined]
+    filesystem_async._results_queue = queue.Queue()  # without a process that keeps it: nobody else asks for it
     cuda.synchronize, cuda.current_device = lambda *_: None, lambda: "cpu"  # type: ignore[assignment,return-value]
     try:
         yield
     finally:
         process._config["daemon"] = True  # type: ignore[attr-defined]
         cuda.synchronize, cuda.current_device = before
+        filesystem_async._results_queue = None
 
 
 def save(layout: dict[str, int], folder: str, out: str, dtype: str) -> None:

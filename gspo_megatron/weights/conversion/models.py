@@ -100,7 +100,7 @@ class HFModel:
         self.architecture = read_architecture(folder)
         self.config = self.architecture.config
         self.checkpoint = HFCheckpoint(folder)
-        left_out = getattr(self.architecture.fields, "left_out", ())
+        left_out = self.architecture.fields.left_out
         self.checkpoint.verify(self.architecture.specs, left_out=left_out)
         scales = set(self.checkpoint.scales.values())
         self.left_out = sorted(n for n in self.checkpoint.file_of if n not in scales and n.startswith(left_out or "\0"))

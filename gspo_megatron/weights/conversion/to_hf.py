@@ -68,7 +68,7 @@ class ToHF:
         """Of a tensor as it is written."""
         if self.requested is None:
             return self.model.dtype(name)
-        return getattr(self.model.origin(name)[0], "dtype", None) or self.requested
+        return self.model.origin(name)[0].dtype or self.requested
 
     def _cut(self, shard_bytes: int) -> dict[str, Sequence[str]]:
         shards: list[list[str]] = [[]]

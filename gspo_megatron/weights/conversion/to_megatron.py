@@ -69,7 +69,7 @@ class ToMegatron:
 
     def _dtype(self, spec: TensorSpec) -> torch.dtype:
         if self.requested is not None:
-            return getattr(spec, "dtype", None) or self.requested
+            return spec.dtype or self.requested
         found = {self.model.dtype(name) for name in spec.hf}
         if len(found) > 1:
             raise UserError(

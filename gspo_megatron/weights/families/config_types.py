@@ -9,17 +9,42 @@ from typing import Any
 from gspo_megatron.errors import UserError
 
 _COUNTS = (
-    "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "num_experts", "num_local_experts",
-    "n_routed_experts", "num_experts_per_tok", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-    "decoder_sparse_step", "moe_layer_freq",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "decoder_sparse_step",
+    "moe_layer_freq",
 )  # at least 1, where given
 _SIZES = (
-    "shared_expert_intermediate_size", "n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers",
-    "num_mtp_layers", "n_group", "topk_group", "q_lora_rank",
+    "shared_expert_intermediate_size",
+    "n_shared_experts",
+    "first_k_dense_replace",
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "n_group",
+    "topk_group",
+    "q_lora_rank",
 )  # 0 too
 _NUMBERS = (
-    "rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor", "partial_rotary_factor",
+    "rms_norm_eps",
+    "rope_theta",
+    "initializer_range",
+    "routed_scaling_factor",
+    "partial_rotary_factor",
 )  # finite
 _FLAGS = ("tie_word_embeddings", "norm_topk_prob", "attention_bias", "use_sliding_window", "qkv_bias")
 _TABLES = ("rope_parameters", "rope_scaling", "quantization_config")
