@@ -112,6 +112,7 @@ class PackedSequences(PackedSeqParams):
     context_size: int
     router_inputs: RouterInputs | None = None
     rotary_angles: Tensor | None = None  # [≥ longest sequence, 1, 1, rotary_dim], of each position; None: no rotation
+    rotary_factor: float = 1.0  # on cosine and sine
     _plan: AttentionPlan | None = None
     _rotation: tuple[Tensor, Tensor] | None = None
 
@@ -138,7 +139,8 @@ class PackedSequences(PackedSeqParams):
             own = self.rotary_angles.flatten(1)[self.plan(num_tokens).positions][:, None]
             sign = torch.ones_like(own)
             sign[..., : own.shape[-1] // 2] = -1
-            self._rotation = own.cos().to(dtype), (own.sin() * sign).to(dtype)
+            cos, sin = own.cos() * self.rotary_factor, own.sin() * sign * self.rotary_factor
+            self._rotation = cos.to(dtype), sin.to(dtype)
         return self._rotation
 
 
@@ -215,26 +217,28 @@ class GatherKeys(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, key: Tensor, value: Tensor, index: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-        """key, value [T, groups, head_dim], index [K] -> keys and values [K, groups, head_dim]."""
+        """key, value [T, groups, head_dim], index [K] -> keys and values [K, groups, head_dim]. Their head_dim may
+        differ."""
         ctx.save_for_backward(index)
-        ctx.group, ctx.dtype = group, key.dtype
-        local = torch.stack([key, value], 1)  # [T, 2, groups, head_dim]
+        ctx.group, ctx.dtype, ctx.sizes = group, key.dtype, [key.shape[-1], value.shape[-1]]
+        local = torch.cat([key, value], -1)
         gathered = local.new_empty((group.size() * local.shape[0], *local.shape[1:]))
         dist.all_gather_into_tensor(gathered, local, group=group)
         ctx.shape = gathered.shape
-        return gathered[:, 0].index_select(0, index), gathered[:, 1].index_select(0, index)
+        keys, values = (part.index_select(0, index) for part in gathered.split(ctx.sizes, -1))
+        return keys, values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (index,) = ctx.saved_tensors
         dtype = torch.promote_types(ctx.dtype, torch.float32)
         gathered = torch.zeros(ctx.shape, dtype=dtype, device=index.device)
-        for part, gradient in enumerate(gradients):
+        for part, gradient in zip(gathered.split(ctx.sizes, -1), gradients, strict=True):
             # Twice at most a key is one rank's: a sum of two does not depend on their order.
-            gathered[:, part].index_add_(0, index, gradient.to(dtype))
+            part.index_add_(0, index, gradient.to(dtype))
         local = gathered.new_empty((ctx.shape[0] // ctx.group.size(), *ctx.shape[1:]))
         dist.reduce_scatter_tensor(local, gathered, group=ctx.group)
-        key, value = local.to(ctx.dtype).unbind(1)
+        key, value = local.to(ctx.dtype).split(ctx.sizes, -1)
         return key, value, None, None
 
 
@@ -281,13 +285,16 @@ def uses_flash(query: Tensor) -> bool:
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, *, scale: float) -> Tensor:
     """Causal attention of each segment's queries to its keys.
 
-    query [T, heads, head_dim]; key, value [K, groups, head_dim], as picked by `key_index`
-    -> [T, heads, head_dim]. `uses_flash` decides by what.
+    query [T, heads, head_dim]; key [K, groups, head_dim], value [K, groups, value_dim], as picked by `key_index`
+    -> [T, heads, value_dim]. `uses_flash` decides by what.
     """
     grouped = query.shape[1] != key.shape[1]
     if uses_flash(query):
         assert _varlen_attn is not None
-        return _varlen_attn(
+        value_dim = value.shape[-1]  # the kernel wants it to be the keys': zeros make up for the rest
+        if value_dim < key.shape[-1]:
+            value = F.pad(value, (0, key.shape[-1] - value_dim))
+        out = _varlen_attn(
             query,
             key,
             value,
@@ -299,17 +306,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, *, sc
             window_size=(-1, 0),  # causal; flash attention aligns it at the bottom right
             enable_gqa=grouped,
         )
+        return out[..., :value_dim]
     # One segment at a time: padded to the longest, a pack of many lengths is mostly padding.
     lengths_q, lengths_k = plan.segment_lengths
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, heads, T or K, head_dim]
-    out = []
+    outputs = []
     for q, k, v in zip(query.split(lengths_q, 2), key.split(lengths_k, 2), value.split(lengths_k, 2), strict=True):
         mask = _causal_mask(q.shape[2], k.shape[2], q.device)
         result = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
         )
-        out.append(result.transpose(1, 2))
-    return torch.cat(out, 1).squeeze(0)
+        outputs.append(result.transpose(1, 2))
+    return torch.cat(outputs, 1).squeeze(0)
 
 
 def _causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
@@ -336,6 +344,8 @@ class PackedAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -344,23 +354,24 @@ class PackedAttention(MegatronModule):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
         self.cp_group: Group = pg_collection.cp
+        self.rotates: bool = not config.multi_latent_attention  # that one rotates a part of each head by itself
         self.scale: float = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
     def forward(
         self,
         query: Tensor,  # [T, heads, head_dim]
         key: Tensor,  # [T, groups, head_dim]
-        value: Tensor,  # [T, groups, head_dim]
+        value: Tensor,  # [T, groups, value_dim]
         attention_mask: Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:  # [T, heads × head_dim]
+    ) -> Tensor:  # [T, heads × value_dim]
         assert attention_mask is None and attention_bias is None
         assert isinstance(packed_seq_params, PackedSequences), "packed_seq_params come from packed_sequences()"
         num_tokens = query.shape[0]
         plan = packed_seq_params.plan(num_tokens)
-        if packed_seq_params.rotary_angles is not None:
+        if self.rotates and packed_seq_params.rotary_angles is not None:
             cos, sin = packed_seq_params.rotation(num_tokens, query.dtype)
             query, key = Rotate.apply(query, cos, sin), Rotate.apply(key, cos, sin)
         if plan.key_index is not None:

@@ -166,6 +166,15 @@ def te_version() -> None:
         optimizer_config.is_te_min_version = lambda version, check_equality=True: False
 
 
+def latent_attention() -> None:
+    """multi_latent_attention takes Transformer Engine for installed whenever Megatron's module for it can be imported,
+    and then a stand-in for its class of linear layers."""
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.transformer import multi_latent_attention
+
+    multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE
+
+
 def split_sizes() -> None:
     """token_dispatcher.maybe_move_tensor_to_cpu leaves host tensors where all-to-all needs numbers."""
     from megatron.core.transformer.moe import token_dispatcher
@@ -256,6 +265,14 @@ PATCHES = (
         (
             "megatron.core.optimizer.optimizer_config:is_te_min_version",
             "megatron.core.utils:get_te_version",
+        ),
+        True,
+    ),
+    Patch(
+        latent_attention,
+        (
+            "megatron.core.extensions.transformer_engine:HAVE_TE",
+            "megatron.core.transformer.multi_latent_attention:HAVE_TE",
         ),
         True,
     ),

@@ -13,7 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -21,12 +21,15 @@ from gspo_megatron import ops
 from gspo_megatron.config import KernelsConfig, MemoryConfig, ModelConfig
 from gspo_megatron.device import DTYPES, current_device
 from gspo_megatron.parallel import ParallelLayout
-from gspo_megatron.policy.attention import core_attention
+from gspo_megatron.policy.attention import PackedSequences, core_attention
 from gspo_megatron.policy.experts import GroupedExperts
+from gspo_megatron.policy.latent_attention import LatentAttention, latent_settings
 from gspo_megatron.policy.norm import ProjectionNorm, RMSNorm
+from gspo_megatron.policy.rotary import Rotary
 from gspo_megatron.policy.router import Layer, Router, RouterLosses
 from gspo_megatron.policy.weights import Slot
 from gspo_megatron.weights.families.base import ModelFields
+from gspo_megatron.weights.families.deepseek_v3 import LatentAttentionFields
 from gspo_megatron.weights.names import GroupedPlace, from_grouped_place
 from gspo_megatron.weights.rules import TensorSpec, padded_vocab_size
 
@@ -92,12 +95,24 @@ class PolicyModel(GPTModel):
     temperature: float = 1.0
     kernels = KernelsConfig()
 
-    def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, real_vocab_size: int, rotary: Rotary | None, **kwargs: Any) -> None:
+        """`rotary`: of our own attention; None: Megatron rotates."""
         super().__init__(*args, **kwargs)
+        self.rotary = rotary
         if self.post_process:
             # Same parameters, hooks and checkpoint entries as Megatron made them; another forward.
             self.output_layer.__class__ = LogprobHead
             self.output_layer.vocab_size = real_vocab_size
+
+    def forward(self, *args: Any, packed_seq_params: PackedSequences, **kwargs: Any) -> Tensor:
+        """As Megatron's, called with packed_seq_params=PackedSequences."""
+        if self.rotary is not None:
+            # Megatron's own rotation cuts the pack up anew in each layer, after reading cu_seqlens from the device.
+            longest, device = packed_seq_params.max_seqlen_kv, packed_seq_params.cu_seqlens.device
+            packed_seq_params.rotary_angles = self.rotary.angles(longest, device)
+            packed_seq_params.rotary_factor = self.rotary.factor
+        output: Tensor = super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+        return output
 
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None = None, loss_mask: Tensor | None = None, **_: Any
@@ -156,7 +171,10 @@ def transformer_config(
     if layout.virtual_pipeline > 1:
         # With Megatron's defaults the interleaved schedule exchanges the wrong activations, without an error.
         pipeline = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    config = TransformerConfig(
+    latent: dict[str, Any] = {}
+    if isinstance(fields, LatentAttentionFields):
+        latent = latent_settings(fields)
+    config = (MLATransformerConfig if latent else TransformerConfig)(
         num_layers=fields.num_layers,
         hidden_size=fields.hidden_size,
         num_attention_heads=fields.num_attention_heads,
@@ -197,6 +215,7 @@ def transformer_config(
         **RECOMPUTATION[memory.recompute],
         **pipeline,
         **moe,
+        **latent,
     )
     check_traps(config)
     return config
@@ -231,7 +250,11 @@ def _block_spec(fields: ModelFields, config: TransformerConfig, model: ModelConf
         parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
         attention = parts.self_attention.submodules
         attention.core_attention = ModuleSpec(module=core_attention(model.attention))
-        if config.qk_layernorm:
+        if isinstance(fields, LatentAttentionFields):
+            parts.self_attention.module = LatentAttention
+            parts.self_attention.params["rope_interleave"] = fields.rope_interleave
+            attention.q_layernorm = attention.kv_layernorm = RMSNorm
+        elif config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
         elif fields.qk_layernorm:
             attention.q_layernorm = ModuleSpec(ProjectionNorm, {"heads": fields.num_attention_heads})
@@ -248,6 +271,8 @@ def build_model(
 ) -> list[PolicyModel]:
     """This rank's model chunks, one for each round of the pipeline, without weights."""
     chunks = []
+    # Transformer Engine's attention is rotated by Megatron.
+    rotary = Rotary.of(fields) if model.attention == "torch" else None
     for chunk in range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else [None]:
         built = PolicyModel(
             config=config,
@@ -258,9 +283,9 @@ def build_model(
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
             share_embeddings_and_output_weights=fields.tied_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type="rope" if rotary is None else "none",
             rotary_base=fields.rope_theta,
-            rotary_percent=1.0 if fields.rotary_dim is None else fields.rotary_dim / fields.head_dim,
+            rotary=rotary,
             vp_stage=chunk,
         )
         chunks.append(built.to(device=current_device(), dtype=config.params_dtype))

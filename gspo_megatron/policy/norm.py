@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -13,6 +12,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor
 
 from gspo_megatron.groups import Group
+from gspo_megatron.policy.collectives import SumOverRanks
 
 
 class _Normalise(torch.autograd.Function):
@@ -94,23 +94,3 @@ class ProjectionNorm(torch.nn.Module):
             dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )
         return state
-
-
-class SumOverRanks(torch.autograd.Function):
-    """The sum over a group's ranks, each of which uses it in a loss term of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _summed(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _summed(gradients[0], ctx.group), None
-
-
-def _summed(x: Tensor, group: Group) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    if group.size() > 1:
-        dist.all_reduce(total, group=group)
-    return total

@@ -24,7 +24,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from gspo_megatron.groups import Group
-from gspo_megatron.policy.attention import PackedAttention
 from gspo_megatron.types import MicroBatch
 
 
@@ -166,8 +165,7 @@ class MoE(MoELayer):
 
 
 class Layer(TransformerLayer):
-    """Megatron's transformer layer, which hands its MoE layer the RouterInputs found in `packed_seq_params`, and
-    PackedAttention the rotary embedding's angles."""
+    """Megatron's transformer layer, which hands its MoE layer the RouterInputs found in `packed_seq_params`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -177,12 +175,8 @@ class Layer(TransformerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """As Megatron's, called with packed_seq_params=PackedSequences."""
-        packed = kwargs["packed_seq_params"]
-        if isinstance(self.self_attention.core_attention, PackedAttention):
-            # Megatron's own rotation cuts the pack up anew in each layer, after reading cu_seqlens from the device.
-            packed.rotary_angles = kwargs.pop("rotary_pos_emb")
         hidden_states, context = self._forward_attention(*args, **kwargs)
-        inputs = packed.router_inputs if self.is_moe_layer else None
+        inputs = kwargs["packed_seq_params"].router_inputs if self.is_moe_layer else None
         return self._forward_mlp(hidden_states, padding_mask=inputs), context
 
 

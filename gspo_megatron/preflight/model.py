@@ -56,15 +56,7 @@ def check_weights(path: str, family: Family, fields: ModelFields) -> None:
 def check_layout(config: TrainConfig | SftConfig, fields: ModelFields, problems: Problems) -> None:
     """Whether the degrees of parallelism cut the model into equal parts."""
     parallel = config.parallel
-    split_by_tensor = {
-        "num_attention_heads": fields.num_attention_heads,
-        "num_key_value_heads": fields.num_query_groups,
-    }
-    if fields.dense_layers:
-        split_by_tensor["intermediate_size"] = fields.ffn_hidden_size
-    if fields.shared_ffn_hidden_size is not None:
-        split_by_tensor["intermediate size of the shared experts"] = fields.shared_ffn_hidden_size
-    check_divides(problems, "tensor", parallel.tensor, split_by_tensor)
+    check_divides(problems, "tensor", parallel.tensor, fields.split_by_tensor)
     check_divides(problems, "pipeline", parallel.pipeline, {"num_hidden_layers": fields.num_layers})
     problems.require(
         parallel.pipeline > 1 or parallel.virtual_pipeline == 1,

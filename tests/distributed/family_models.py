@@ -72,7 +72,34 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "olmoe": {"intermediate_size": 24, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2},
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,  # many positions lie beyond it
+    "beta_fast": 4,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+}
+CONFIGS["deepseek_v3"] = SIGMOID | {
+    "intermediate_size": 48,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 18,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "rope_parameters": YARN,
+}
 CLASSES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
@@ -97,7 +124,7 @@ def make(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 def make_config(family: str, **changes: Any) -> PretrainedConfig:
     """transformers' configuration of the model."""
     config: PretrainedConfig = getattr(transformers, CLASSES[family]).config_class(
-        **COMMON, **(CONFIGS[family] | changes)
+        **(COMMON | CONFIGS[family] | changes)
     )
     config._attn_implementation = "eager"
     return config

@@ -19,7 +19,7 @@ from tests.distributed.rank_pool import RankPool
 from tests.distributed.tiny_models import make_sequences
 
 Ranks = Callable[[int], RankPool]
-Reference = Callable[[str], dict[str, Any]]
+Reference = Callable[..., dict[str, Any]]
 LENGTHS = [7, 23, 3, 12, 31, 9, 16, 5]
 TENSOR_EXPERT = {"tensor": 2, "expert": 2}
 
@@ -29,16 +29,17 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """Folder, log-probabilities of the responses and gradients of a family's model, by transformers; made once."""
     base, known = tmp_path_factory.mktemp("families"), {}
 
-    def get(family: str) -> dict[str, Any]:
-        if family not in known:
-            known[family] = _reference(family, base / family)
-        return known[family]
+    def get(family: str, **changes: Any) -> dict[str, Any]:
+        key = "-".join([family, *map(str, changes.items())])
+        if key not in known:
+            known[key] = _reference(family, base / str(len(known)), changes)
+        return known[key]
 
     return get
 
 
-def _reference(family: str, folder: Path) -> dict[str, Any]:
-    model = family_models.make(family)
+def _reference(family: str, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    model = family_models.make(family, **changes)
     model.save_pretrained(folder / "model")
     logprobs = {}
     for sequence in make_sequences(LENGTHS, family_models.VOCAB, seed=3):

@@ -3,6 +3,8 @@ experts one after the other; see tests/distributed/test_families.py."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from gspo_megatron.parallel import ParallelLayout
@@ -12,6 +14,7 @@ from tests.distributed.test_families import Ranks, Reference, check, reference  
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LAYOUTS = [
     {"context": 2, "expert": 2},
     {"pipeline": 2},
@@ -35,12 +38,35 @@ def test_the_policy_is_transformers(
     check(reference(family), layout, ranks)
 
 
-@pytest.mark.parametrize("experts", ["sequential"])
 @pytest.mark.parametrize("family", [f for f in family_models.CONFIGS if f != "qwen3"])
 def test_experts_one_after_the_other(
     family: str,
-    experts: str,
     reference: Reference,  # noqa: F811
     ranks: Ranks,  # noqa: F811
 ) -> None:
-    check(reference(family), {"tensor": 2, "expert": 2}, ranks, model={"experts": experts})
+    check(reference(family), {"tensor": 2, "expert": 2}, ranks, model={"experts": "sequential"})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3", {"tie_word_embeddings": False}),
+        ("qwen3_moe", {"norm_topk_prob": False, "tie_word_embeddings": True}),
+        ("qwen2_moe", {"norm_topk_prob": True, "qkv_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [0]}),
+        ("glm4_moe", {"use_qk_norm": False, "attention_bias": False, "partial_rotary_factor": 0.25}),
+        ("glm4_moe", {"n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 0}),
+        ("olmoe", {"norm_topk_prob": True, "num_key_value_heads": 4}),
+        ("deepseek_v3", {"q_lora_rank": None, "rope_parameters": PLAIN_ROPE, "n_group": 1, "topk_group": 1}),
+        ("deepseek_v3", {"rope_interleave": False, "n_shared_experts": 3, "routed_scaling_factor": 1.0}),
+        ("deepseek_v3", {"rope_parameters": family_models.YARN | {"mscale": 0.8, "mscale_all_dim": 0.0}}),
+    ],
+    ids=str,
+)
+def test_what_config_json_can_switch(
+    family: str,
+    changes: dict[str, Any],
+    reference: Reference,  # noqa: F811
+    ranks: Ranks,  # noqa: F811
+) -> None:
+    layout = {"tensor": 2} if family == "qwen3" else {"tensor": 2, "expert": 2}
+    check(reference(family, **changes), layout, ranks)

@@ -14,6 +14,7 @@ from gspo_megatron.weights.families.config_types import check_types
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        deepseek_v3.FAMILY,
         glm4_moe.FAMILY,
         mixtral.FAMILY,
         olmoe.FAMILY,
@@ -23,13 +24,12 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-# Families whose tensors can be planned for: the trained ones, and those with a rule table and nothing else yet.
-PLANNABLE: dict[str, Family] = FAMILIES | {
-    family.model_type: family for family in (deepseek_v3.FAMILY, deepseek_v3.KIMI_K2)
-}
+# Families whose tensors can be planned for: the trained ones, and one that can't be compared with transformers.
+PLANNABLE: dict[str, Family] = FAMILIES | {deepseek_v3.KIMI_K2.model_type: deepseek_v3.KIMI_K2}
 
 # Families that people ask for and that can't be had, and why.
 REFUSED: dict[str, str] = {
+    "kimi_k2": 'transformers does not know it; it is DeepSeek-V3 by another name: write "deepseek_v3" there',
     "qwen3_next": "its linear-attention layers carry a state over the ends of packed sequences and of context-parallel "
     "ranks, and Megatron-Core has them with Transformer Engine only",
 }

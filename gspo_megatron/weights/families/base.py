@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +11,32 @@ import torch
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.weights.rules import QKV, GateUp, Rule, TensorSpec, Vocabulary, expand
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """Rotary embeddings stretched to a longer context than the model was first trained on (arXiv 2309.00071)."""
+
+    factor: float
+    original_positions: int
+    beta_fast: float
+    beta_slow: float
+    truncate: bool  # the range of interpolated frequencies is rounded to whole ones
+    attention_factor: float | None  # on rotated queries and keys; None: from the next two, or from the factor alone
+    mscale: float | None
+    mscale_all_dim: float | None
+
+    @property
+    def rotation_factor(self) -> float:
+        """Factor on cosine and sine, so that rotated queries and keys are scaled by it."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._growth(self.mscale) / self._growth(self.mscale_all_dim)
+        return self._growth(1.0)
+
+    def _growth(self, scale: float) -> float:
+        return 1.0 if self.factor <= 1 else 0.1 * scale * math.log(self.factor) + 1.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +59,7 @@ class ModelFields:
     qk_norm_of_heads: bool = True  # each head's queries and keys are normalised alone; False: all heads' together
     qkv_bias: bool = False
     rotary_dim: int | None = None  # of a head, the first so many numbers are rotated; None: all
+    yarn: Yarn | None = None
     num_experts: int | None = None
     experts_per_token: int = 0
     expert_ffn_hidden_size: int = 0
@@ -49,6 +77,16 @@ class ModelFields:
     @property
     def dense_layers(self) -> tuple[int, ...]:
         return tuple(i for i in range(self.num_layers) if i not in self.moe_layers)
+
+    @property
+    def split_by_tensor(self) -> dict[str, int]:
+        """Sizes that the tensor-parallel degree must divide, by what config.json calls them."""
+        sizes = {"num_attention_heads": self.num_attention_heads, "num_key_value_heads": self.num_query_groups}
+        if self.dense_layers:
+            sizes["intermediate_size"] = self.ffn_hidden_size
+        if self.shared_ffn_hidden_size is not None:
+            sizes["intermediate size of the shared experts"] = self.shared_ffn_hidden_size
+        return sizes
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -103,6 +141,30 @@ class ConfigReader:
         if kind != "default":
             raise UserError(f"config.json: rope_type={kind!r} is not supported; only unscaled rotary embeddings are")
         return float(parameters.get("rope_theta") or self("rope_theta"))
+
+    def yarn(self) -> Yarn | None:
+        """YaRN's numbers; None if rotary embeddings are unscaled. Other variants are refused."""
+        given = self.rope()
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind == "default":
+            return None
+        if kind != "yarn":
+            raise UserError(f"config.json: rope_type={kind!r} is not supported; only unscaled ones and yarn are")
+        for name in ("factor", "original_max_position_embeddings"):
+            if not isinstance(given.get(name), (int, float)) or given[name] <= 0:
+                raise UserError(
+                    f"config.json: rope_type='yarn' with {name}={given.get(name)!r}; it must be a number > 0"
+                )
+        return Yarn(
+            factor=float(given["factor"]),
+            original_positions=int(given["original_max_position_embeddings"]),
+            beta_fast=float(given.get("beta_fast") or 32),
+            beta_slow=float(given.get("beta_slow") or 1),
+            truncate=given.get("truncate", True),
+            attention_factor=given.get("attention_factor"),
+            mscale=given.get("mscale"),
+            mscale_all_dim=given.get("mscale_all_dim"),
+        )
 
     def experts_per_token(self, *, renormalised: bool) -> int:
         """`num_experts_per_tok`; refused where it would keep the router from being trained."""

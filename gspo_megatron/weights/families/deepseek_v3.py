@@ -1,19 +1,11 @@
-"""DeepSeek-V3 and Kimi-K2: multi-head latent attention, first layers dense, routed and shared experts.
+"""DeepSeek-V3 (R1 too, and Kimi-K2 under this name): latent attention, first layers dense, routed and shared experts.
 
-The table serves planning so far (`PLANNABLE` in families/__init__.py); training refuses the family. To train it:
-
-- `fields` reads no yarn numbers, router groups, scaling factors or score function; `ModelFields` has no place for them;
-- `router.expert_bias` is a buffer of Megatron's router, not a parameter, and stays float32 in a bfloat16 model;
-- names are those of Megatron's local modules, where both down-projections are column-parallel. Transformer Engine's
-  modules hold them whole on every rank and fuse the norms into the up-projections.
-
-The layers that predict further tokens (`num_nextn_predict_layers`; `model.layers.61` of DeepSeek-V3) have no rules:
-they are not trained here, so they are not sent, and a server keeps those it loaded.
+Names are those of Megatron's local modules, where both down-projections are column-parallel. Transformer Engine's
+modules hold them whole on every rank and fuse the norms into the up-projections.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,21 +16,27 @@ from gspo_megatron.weights.families.base import (
     attention_and_norm_rules,
     dense_mlp_rules,
     expert_rules,
+    shared_expert_rules,
 )
-from gspo_megatron.weights.rules import GateUp, Rule
+from gspo_megatron.weights.rules import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentAttentionFields(ModelFields):
     """`num_query_groups` is the number of heads and `head_dim` the width of a query or key: Megatron's latent attention
-    makes its projections from the numbers below instead."""
+    makes its projections from the numbers below instead. `rotary_dim` is qk_rope_head_dim."""
 
     q_lora_rank: int | None  # None: queries are projected in one step
     kv_lora_rank: int
     qk_nope_head_dim: int  # Megatron's qk_head_dim
     qk_rope_head_dim: int  # Megatron's qk_pos_emb_head_dim
     v_head_dim: int
-    shared_ffn_hidden_size: int  # of all shared experts together; 0: none
+    rope_interleave: bool  # pairs that are rotated together lie side by side
+
+    @property
+    def split_by_tensor(self) -> dict[str, int]:
+        sizes = super().split_by_tensor | {"kv_lora_rank + qk_rope_head_dim": self.kv_lora_rank + self.qk_rope_head_dim}
+        return sizes if self.q_lora_rank is None else sizes | {"q_lora_rank": self.q_lora_rank}
 
 
 def fields(config: dict[str, Any]) -> LatentAttentionFields:
@@ -47,8 +45,12 @@ def fields(config: dict[str, Any]) -> LatentAttentionFields:
     read.refuse_unless("attention_bias", [False], "biases in attention have no rule")
     read.refuse_unless("hidden_act", ["silu"], "only SwiGLU is implemented")
     read.refuse_unless("moe_layer_freq", [1], "every layer after the dense ones has experts")
+    read.refuse_unless("scoring_func", ["sigmoid"], "this family's router scores by sigmoid")
+    read.refuse_unless("topk_method", ["noaux_tc"], "experts are chosen with a selection bias")
+    read.refuse_unless("rms_norm_eps", [1e-6], "transformers takes 1e-6 in the norms of latents whatever it says")
     num_layers, first_moe_layer = read("num_hidden_layers"), read("first_k_dense_replace")
-    rope = config.get("rope_parameters") or {}  # transformers 5
+    groups, groups_chosen = read.expert_groups()
+    rope = read.rope()
     return LatentAttentionFields(
         num_layers=num_layers,
         hidden_size=read("hidden_size"),
@@ -63,16 +65,25 @@ def fields(config: dict[str, Any]) -> LatentAttentionFields:
         tied_embeddings=config.get("tie_word_embeddings", False),
         initializer_range=config.get("initializer_range", 0.02),
         qk_layernorm=True,
+        rotary_dim=read("qk_rope_head_dim"),
+        yarn=read.yarn(),
         num_experts=read("n_routed_experts", "num_local_experts"),
-        experts_per_token=read("num_experts_per_tok"),
+        experts_per_token=read.experts_per_token(renormalised=read.renormalised_sigmoid()),
         expert_ffn_hidden_size=read("moe_intermediate_size"),
         moe_layers=tuple(range(first_moe_layer, num_layers)),
+        router_score="sigmoid",
+        router_selection_bias=True,
+        router_groups=groups,
+        router_groups_chosen=groups_chosen,
+        router_scale=config.get("routed_scaling_factor", 1.0),
+        shared_ffn_hidden_size=(config.get("n_shared_experts") or 0) * read("moe_intermediate_size") or None,
+        further_token_layers=read.further_token_layers(),
         q_lora_rank=config.get("q_lora_rank"),
         kv_lora_rank=read("kv_lora_rank"),
         qk_nope_head_dim=read("qk_nope_head_dim"),
         qk_rope_head_dim=read("qk_rope_head_dim"),
         v_head_dim=read("v_head_dim"),
-        shared_ffn_hidden_size=(config.get("n_shared_experts") or 0) * read("moe_intermediate_size"),
+        rope_interleave=config.get("rope_interleave", True),
     )
 
 
@@ -81,7 +92,7 @@ def rules(f: ModelFields) -> list[Rule]:
     assert isinstance(f, LatentAttentionFields)
     # Embedding, norms and head are those of all Llama-like families.
     common = [rule for rule in attention_and_norm_rules(f) if ".self_attention." not in rule.megatron]
-    return [*common, *latent_attention_rules(f), *dense_mlp_rules(f), *expert_rules(f), *moe_extra_rules(f)]
+    return [*common, *latent_attention_rules(f), *dense_mlp_rules(f), *expert_rules(f), *shared_expert_rules(f)]
 
 
 def latent_attention_rules(f: LatentAttentionFields) -> list[Rule]:
@@ -110,26 +121,6 @@ def latent_attention_rules(f: LatentAttentionFields) -> list[Rule]:
         rule("kv_layernorm", "kv_a_layernorm", f.kv_lora_rank, dim=None),
         rule("linear_kv_up_proj", "kv_b_proj", kv_rows, f.kv_lora_rank, dim=0),
         rule("linear_proj", "o_proj", h, heads * f.v_head_dim, dim=1),
-    ]
-
-
-def moe_extra_rules(f: LatentAttentionFields) -> Sequence[Rule]:
-    """The bias that balances routing, and the shared experts: one MLP, cut over the ranks of dense layers."""
-    mlp, hf_mlp = "decoder.layers.{layer}.mlp.", "model.layers.{layer}.mlp."
-    assert f.num_experts is not None
-    ffn, h = f.shared_ffn_hidden_size, f.hidden_size
-    bias = Rule(
-        mlp + "router.expert_bias", (hf_mlp + "gate.e_score_correction_bias",), ((f.num_experts,),), layers=f.moe_layers
-    )
-    if ffn == 0:
-        return [bias]
-    shared, hf_shared = mlp + "shared_experts.", hf_mlp + "shared_experts."
-    gate_up = tuple(f"{hf_shared}{x}_proj.weight" for x in ("gate", "up"))
-    down = (hf_shared + "down_proj.weight",)
-    return [
-        bias,
-        Rule(shared + "linear_fc1.weight", gate_up, ((ffn, h), (ffn, h)), GateUp(), dim=0, layers=f.moe_layers),
-        Rule(shared + "linear_fc2.weight", down, ((h, ffn),), dim=1, layers=f.moe_layers),
     ]
 
 

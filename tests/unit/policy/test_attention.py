@@ -249,6 +249,7 @@ def test_the_default_scale_is_of_the_head() -> None:
         apply_query_key_layer_scaling=False,
         rotary_interleaved=False,
         no_rope_freq=None,
+        multi_latent_attention=False,
         kv_channels=16,
     )
     core = PackedAttention(config, 1, AttnMaskType.causal, "self", pg_collection=SimpleNamespace(cp=None))

@@ -86,6 +86,12 @@ def test_the_router_still_reads_a_name_that_only_transformer_engine_sets() -> No
     assert "te_general_gemm," in inspect.getsource(moe_utils).split("except ImportError")[0]
 
 
+def test_latent_attention_still_takes_transformer_engine_for_installed() -> None:
+    source = inspect.getsource(importlib.import_module("megatron.core.transformer.multi_latent_attention"))
+    assert "    HAVE_TE = True\nexcept ImportError" in source
+    assert "HAVE_TE\n            and isinstance(self.linear_proj, TELinear)" in source
+
+
 # --- what Megatron sees ------------------------------------------------------------------------------------------
 
 
@@ -229,7 +235,7 @@ def test_where_cuda_is_only_what_fails_there_too_is_mended(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = snapshot()
     assert adapt() is False and adapt() is False
-    assert applied == ["te_general_gemm", "token_permutation", "te_version"]
+    assert applied == ["te_general_gemm", "token_permutation", "te_version", "latent_attention"]
     assert all(before[symbol] is value for symbol, value in snapshot().items())
 
 
