@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -113,15 +113,25 @@ def execute(conversion: Conversion, target: Path, *, overwrite: bool = False, th
 
 
 def _run(work: Callable[[int], None], numbers: Iterable[int], threads: int) -> None:
-    """All in parallel; the first error stops those that have not begun, and is raised."""
-    with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(work, number) for number in numbers]
+    """All in parallel; the first error, and an interrupt, stop those that have not begun, and are raised."""
+    stop = threading.Event()
+
+    def guarded(number: int) -> None:
+        if stop.is_set():
+            return
         try:
-            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in finished:
+            work(number)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(guarded, number) for number in numbers]
+        try:
+            for future in as_completed(futures):
                 future.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            stop.set()
 
 
 def _write(conversion: Conversion, number: int, partial: Path, manifest: _Manifest, report: Report) -> None:
