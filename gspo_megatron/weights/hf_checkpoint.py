@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 import shutil
 import threading
 from collections import Counter
@@ -65,9 +66,9 @@ class HFCheckpoint:
                 weight_map = json.loads(index.read_bytes(), object_pairs_hook=without_duplicates)["weight_map"]
                 names = {str(name): str(file) for name, file in weight_map.items()}
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-                raise UserError(f"{index} is no safetensors index: {error!r}") from None
+                raise UserError(f"{index} is no safetensors index: {type(error).__name__}: {error}") from None
             for file in set(names.values()):
-                if Path(file).name != file or "\0" in file or not (self.folder / file).is_file():
+                if not _is_name(file) or not (self.folder / file).is_file():
                     raise UserError(f"{index} names {file!r}, which is not a file of {self.folder}")
                 _check_link(self.folder, file)
             return names
@@ -179,10 +180,25 @@ class HFCheckpoint:
             if dtype not in _WEIGHT_DTYPES and name not in self.scales
         ]
         wrong += [problem for name in expected.keys() & self.scales.keys() for problem in self._scale_problems(name)]
+        if self.scales:
+            wrong += self._block_problems()
         if wrong:
             raise UserError(
                 f"{self.folder}: {'; '.join(wrong[:5])}" + (f"; and {len(wrong) - 5} more" * (len(wrong) > 5))
             )
+
+    def _block_problems(self) -> list[str]:
+        try:
+            settings = json.loads((self.folder / "config.json").read_bytes()).get("quantization_config")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            return [f"config.json can't be read: {error}"]
+        block = settings.get("weight_block_size") if isinstance(settings, dict) else None
+        if block == [SCALE_BLOCK, SCALE_BLOCK]:
+            return []
+        return [
+            f"config.json: quantization_config.weight_block_size={block!r}, but only weights with a scale for each "
+            f"[{SCALE_BLOCK}, {SCALE_BLOCK}] can be read"
+        ]
 
     def _scale_problems(self, name: str) -> list[str]:
         stored, scale = self._stored(name), self._stored(self.scales[name])
@@ -196,6 +212,11 @@ class HFCheckpoint:
                 f"for {SCALE_BLOCK} × {SCALE_BLOCK} numbers"
             )
         return problems
+
+
+def _is_name(file: str) -> bool:
+    """Whether it can be the name of a file in a folder, rather than a path to elsewhere."""
+    return Path(file).name == file and "\0" not in file and len(os.fsencode(file)) <= 255
 
 
 def _check_link(folder: Path, file: str) -> None:

@@ -171,10 +171,10 @@ def test_unknown_model_type_names_the_nearest(config: TrainConfig, model: Path) 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"num_hidden_layers": 0}, "num_layers=0 must be a positive integer"),
-        ({"num_hidden_layers": "two"}, "config.json holds a value of a wrong type"),
-        ({"rope_parameters": 3}, "config.json holds a value of a wrong type"),
-        ({"vocab_size": 100.5}, "vocab_size=100.5 must be a positive integer"),
+        ({"num_hidden_layers": 0}, "config.json: num_hidden_layers=0 must be an integer from 1 to"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers='two' must be an integer from 1 to"),
+        ({"rope_parameters": 3}, "rope_parameters=3 must be an object"),
+        ({"vocab_size": 100.5}, "vocab_size=100.5 must be an integer from 1 to"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 must lie between 1 and num_experts=8"),
         ({"num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok=1 with norm_topk_prob=true"),
     ],

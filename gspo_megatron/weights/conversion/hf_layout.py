@@ -56,7 +56,7 @@ def read_layout(folder: Path) -> HFLayout | None:
         if index is None and len(files) > 1:
             raise ValueError("several files need an index")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise UserError(f"{path} is no layout of a Hugging Face folder: {error!r}") from None
+        raise UserError(f"{path} is no layout of a Hugging Face folder: {type(error).__name__}: {error}") from None
     return HFLayout(path, files, metadata, index)
 
 

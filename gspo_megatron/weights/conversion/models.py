@@ -15,7 +15,7 @@ from gspo_megatron.errors import UserError
 from gspo_megatron.weights.conversion.hf_layout import HFLayout, read_layout
 from gspo_megatron.weights.families import find_family, read_hf_config
 from gspo_megatron.weights.families.base import Family, ModelFields
-from gspo_megatron.weights.hf_checkpoint import INDEX, SCALE_BLOCK, SINGLE, HFCheckpoint
+from gspo_megatron.weights.hf_checkpoint import INDEX, SINGLE, HFCheckpoint
 from gspo_megatron.weights.rules import Copy, TensorSpec, Vocabulary
 from gspo_megatron.weights.torch_dist.checksums import CHECKSUMS, find_damage
 from gspo_megatron.weights.torch_dist.description import DESCRIPTION, HF_FOLDER, Description, read_description
@@ -105,18 +105,6 @@ class HFModel:
         scales = set(self.checkpoint.scales.values())
         self.left_out = sorted(n for n in self.checkpoint.file_of if n not in scales and n.startswith(left_out or "\0"))
         self.has_tied_head = HEAD in self.checkpoint.file_of and HEAD not in self.architecture.origins
-        self._check_scales()
-
-    def _check_scales(self) -> None:
-        if not self.checkpoint.scales:
-            return
-        settings = self.config.get("quantization_config")
-        block = settings.get("weight_block_size") if isinstance(settings, dict) else None
-        if block != [SCALE_BLOCK, SCALE_BLOCK]:
-            raise UserError(
-                f"{self.folder / 'config.json'}: quantization_config.weight_block_size={block!r}, but only weights "
-                f"with a scale for each [{SCALE_BLOCK}, {SCALE_BLOCK}] can be read"
-            )
 
     @property
     def names(self) -> list[str]:

@@ -45,7 +45,7 @@ _NUMBERS = (
     "initializer_range",
     "routed_scaling_factor",
     "partial_rotary_factor",
-)  # finite
+)  # finite and positive
 _FLAGS = ("tie_word_embeddings", "norm_topk_prob", "attention_bias", "use_sliding_window", "qkv_bias")
 _TABLES = ("rope_parameters", "rope_scaling", "quantization_config")
 _MOST = 2**31 - 1
@@ -80,7 +80,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("model_type",), lambda v: isinstance(v, str), "text"),
     (_COUNTS, lambda v: _is_count(v) and v > 0, f"an integer from 1 to {_MOST}"),
     (_SIZES, _is_count, f"an integer from 0 to {_MOST}"),
-    (_NUMBERS, lambda v: type(v) in (int, float) and math.isfinite(v), "a finite number"),
+    (_NUMBERS, lambda v: type(v) in (int, float) and 0 < v < math.inf, "a positive number"),
     (_FLAGS, lambda v: isinstance(v, bool), "true or false"),
     (_TABLES, lambda v: isinstance(v, dict), "an object"),
     (("mlp_only_layers",), _is_layer_list, "a list of layers"),

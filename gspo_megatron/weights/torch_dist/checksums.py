@@ -72,7 +72,7 @@ def read_checksums(folder: Path) -> dict[str, FileSum]:
     try:
         sums = {name: FileSum(**entry) for name, entry in json.loads(path.read_bytes())["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} holds no checksums: {error!r}") from None
+        raise UserError(f"{path} holds no checksums: {type(error).__name__}: {error}") from None
     for name, entry in sums.items():
         parts = PurePosixPath(name).parts
         if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\0" in name:

@@ -128,7 +128,7 @@ class TorchDistCheckpoint:
         name: Any = getattr(info, "relative_path", None)
         start: Any = getattr(info, "offset", None)
         length: Any = getattr(info, "length", None)
-        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name or len(name.encode()) > 255:
             raise self._wrong(f"{what} is in {name!r}, which is not a file of {self.folder}")
         if getattr(info, "transform_descriptors", None):
             raise self._wrong(f"{what} is transformed by {info.transform_descriptors!r}, which is not known here")
