@@ -203,15 +203,14 @@ def read_chunks(folder: Path, chunks: Sequence[Chunk]) -> None:
     wanted: dict[str, list[Chunk]] = defaultdict(list)
     for chunk in chunks:
         wanted[chunk.key].append(chunk)
-    if missing := sorted(wanted.keys() - metadata.state_dict_metadata.keys()):
+    reads: list[tuple[_StorageInfo, str, Shape, Shape, list[Chunk]]] = []
+    known = {key: metadata.state_dict_metadata[key] for key in wanted if key in metadata.state_dict_metadata}
+    described = {key: _check(folder, key, found, wanted[key][0]) for key, found in known.items()}
+    if missing := sorted(wanted.keys() - known.keys()):
         shown = ", ".join(missing[:8]) + (", …" if len(missing) > 8 else "")
         raise UserError(f"{folder} lacks {len(missing)} tensors: {shown}")
-    sizes: dict[str, torch.Size] = {}
-    reads: list[tuple[_StorageInfo, str, Shape, Shape, list[Chunk]]] = []
     for key, targets in wanted.items():
-        described = _check(folder, key, metadata.state_dict_metadata[key], targets[0])
-        sizes[key] = described.size
-        for block, near in _neighbours(described.chunks, targets):
+        for block, near in _neighbours(described[key].chunks, targets):
             place = (metadata.storage_data or {}).get(MetadataIndex(key, block.offsets))
             if place is None:
                 raise UserError(f"{folder / METADATA} does not say where a block of {key} lies")
@@ -228,7 +227,7 @@ def read_chunks(folder: Path, chunks: Sequence[Chunk]) -> None:
         for chunk in near:
             filled[id(chunk)] += _copy_overlap(block, offset, chunk)
     for chunk in chunks:
-        size = sizes[chunk.key]
+        size = described[chunk.key].size
         there = (max(0, min(o + n, s) - o) for o, n, s in zip(chunk.offset, chunk.tensor.shape, size, strict=True))
         expected = math.prod(there)
         if filled[id(chunk)] != expected:
