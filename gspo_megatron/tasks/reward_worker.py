@@ -77,6 +77,7 @@ def call(function: Callable[[str, Any], Any], message: bytes) -> tuple[str, Any]
 
 def main(file_descriptor: int) -> None:
     """Serve one pipe until it closes."""
+    _outlive_stop_signals()
     connection = Connection(file_descriptor)
     setup = connection.recv()
     sys.path[:] = setup["sys_path"]
@@ -98,6 +99,14 @@ def main(file_descriptor: int) -> None:
             connection.send(answer)
         except BrokenPipeError:
             return
+
+
+def _outlive_stop_signals() -> None:
+    """A scheduler sends them to every process; this one ends with its trainer, which still has a batch to score."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)  # not ignored: what the function starts would inherit that
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
 def _describe(error: BaseException) -> str:

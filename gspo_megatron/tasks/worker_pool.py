@@ -23,6 +23,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from gspo_megatron import stop
 from gspo_megatron.errors import UserError
 
 STARTUP_TIMEOUT_S = 180.0  # for importing the function's module
@@ -47,12 +48,13 @@ class _Worker:
         with child:
             # -P: the script's folder must not be on sys.path, its files are named like packages.
             # A session of its own: what the function starts is killed with it, and Ctrl-C is the trainer's.
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", str(_SCRIPT), str(child.fileno())],
-                pass_fds=[child.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            with stop.blocked():  # until the script is ready: what asks the trainer to stop is not for its workers
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", str(_SCRIPT), str(child.fileno())],
+                    pass_fds=[child.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
         self.connection.send(setup)
         self.ready = False
         self.item: int | None = None

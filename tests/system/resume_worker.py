@@ -1,7 +1,7 @@
 """The program's own command, with a SIGKILL armed in one phase of one rollout batch. Started by test_resume.py.
 
-python resume_worker.py COMMAND …, with RESUME_FOLDER and RESUME_RANKS in the environment, and KILL as PHASE:BATCH:RANK,
-where RANK is a number or "all"; or KILL is empty.
+python resume_worker.py COMMAND …, with RESUME_FOLDER and RESUME_RANKS in the environment, and PHASE:BATCH:RANK as KILL,
+where RANK is a number or "all"; empty: no kill.
 
 Each process leaves its process id in RESUME_FOLDER. With "all", rank 0 kills the other ranks and the launcher first.
 """

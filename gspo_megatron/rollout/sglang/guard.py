@@ -2,8 +2,9 @@
 
 Run by its path, with the standard library alone. It starts the server, ends everything that the server has started
 when the server ends, when it is told to (SIGTERM: let the server shut down first; SIGUSR1: at once) or when its own
-parent is gone, however that went. It copies the server's output, in which it replaces the server's key: SGLang writes
-all its arguments into its log. At its end it removes the folder in which the key was handed over, and the files in
+parent is gone, however that went. The same signals from anybody else do nothing: a scheduler sends those that ask the
+trainer to save and stop to every process, while the trainer still needs its servers. It copies the server's output, in
+which it replaces the server's key: SGLang writes all its arguments into its log. At its end it removes the folder in which the key was handed over, and the files in
 shared memory that the server leaves: SGLang ends its own processes with SIGKILL.
 
 The order comes as JSON on standard input: parent (its process number), command, environment, secret and secret_folder
@@ -28,6 +29,7 @@ _TICK_S = 0.2
 _LOOK_S = 1.0  # how often the server's shared memory is looked up
 _SETTLED_S = 60.0  # from then on less often: it stays what it is once the server is ready
 _SHARED = "/dev/shm/sgl"  # SGLang's own; others that it maps are the trainer's
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -73,16 +75,16 @@ class Guard:
     def __init__(self) -> None:
         self._stop_at: float | None = None  # when SIGTERM came
         self._kill = False
-        signal.signal(signal.SIGTERM, self._on_stop)
-        signal.signal(signal.SIGUSR1, self._on_kill)
         # Descendants whose parent ends become children of this process, also those in sessions of their own.
         _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
-    def _on_stop(self, *_: object) -> None:
-        self._stop_at = self._stop_at or time.monotonic()
-
-    def _on_kill(self, *_: object) -> None:
-        self._kill = True
+    def _take_signals(self, parent: int) -> None:
+        """Note the signals that have come from the parent. They are blocked: that way they tell who sent them."""
+        while (signalled := signal.sigtimedwait(_SIGNALS, 0)) is not None:
+            if signalled.si_pid == parent and signalled.si_signo == signal.SIGUSR1:
+                self._kill = True
+            elif signalled.si_pid == parent:
+                self._stop_at = self._stop_at or time.monotonic()
 
     def run(self, order: dict) -> int:
         """Returns the exit code: the server's, or 128 + the signal that ended it."""
@@ -107,6 +109,7 @@ class Guard:
         while status is None and not why:
             select.select([output.source] if output.open else [], [], [], _TICK_S)
             output.copy()
+            self._take_signals(order["parent"])
             now = time.monotonic()
             if now > looked_at + (_LOOK_S if not shared or now < changed_at + _SETTLED_S else 10 * _LOOK_S):
                 looked_at, before = now, len(shared)
@@ -140,6 +143,8 @@ def describe(code: int) -> str:
 
 
 def _die_with_guard() -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     # Even a guard that is killed takes the server along; SGLang's children do the same after their parent.
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
@@ -207,6 +212,7 @@ def _shared_files() -> set[str]:
 
 
 if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     received = json.load(sys.stdin)
     try:
         sys.exit(Guard().run(received))

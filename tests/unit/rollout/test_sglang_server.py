@@ -126,6 +126,20 @@ def test_a_server_that_ignores_sigterm_is_killed(make: Callable[..., SGLangServe
     assert "[guard] the server was killed: it did not end within 0.5 s of SIGTERM" in server.log_end()
 
 
+def test_signals_that_a_scheduler_sends_to_all_leave_the_server_alone(
+    make: Callable[..., SGLangServer], program: Program
+) -> None:
+    server = make()
+    server.start()
+    server.wait_ready(LIMIT_S)
+    for number, pid in (("USR1", server.pid), ("TERM", server.pid), ("USR1", program.pids()[0])):
+        subprocess.run(["kill", f"-{number}", str(pid)], check=True)
+    time.sleep(1.0)  # five looks of the guard
+    assert server.is_running and len(living(program.pids())) == 2
+    server.stop()
+    assert not living(program.pids()) and server.how_it_ended() == "was ended by SIGTERM"
+
+
 def test_an_early_death_is_told_with_the_telling_lines(make: Callable[..., SGLangServer], program: Program) -> None:
     program.behave("die")
     server = make()

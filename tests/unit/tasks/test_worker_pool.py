@@ -170,6 +170,16 @@ def test_a_worker_killed_while_idle_is_replaced() -> None:
     assert outcomes[0].value is None and "code -9" in str(outcomes[0].reason) and outcomes[1].value == 0.1
 
 
+def test_signals_that_a_scheduler_sends_to_all_leave_workers_alone() -> None:
+    pool = WorkerPool("my_rewards:score", num_workers=1, timeout_s=20)
+    (before,) = pool.map([("pid", None)])
+    assert before.value is not None
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(int(before.value), number)
+    assert pool.map([("a", None), ("pid", None)]) == [Outcome(0.1), before]
+    pool.close()
+
+
 def test_what_the_function_started_is_killed_with_it(tmp_path: Path) -> None:
     file = tmp_path / "pid"
     (outcome,) = run(["child"], {"file": str(file)}, timeout_s=2.0)
