@@ -1,11 +1,11 @@
 """A small process between the trainer and one SGLang server, so that no process of the server outlives either.
 
-Run by its path, with the standard library alone. It starts the server, ends everything that the server has started
-when the server ends, when it is told to (SIGTERM: let the server shut down first; SIGUSR1: at once) or when its own
-parent is gone, however that went. The same signals from anybody else do nothing: a scheduler sends those that ask the
-trainer to save and stop to every process, while the trainer still needs its servers. It copies the server's output, in
-which it replaces the server's key: SGLang writes all its arguments into its log. At its end it removes the folder in which the key was handed over, and the files in
-shared memory that the server leaves: SGLang ends its own processes with SIGKILL.
+Run by its path, with the standard library alone. It starts the server, ends everything that the server has started when
+the server ends, when it is told to (SIGTERM: let the server shut down first; SIGUSR1: at once) or when its own parent
+is gone, however that went. The same signals from anybody else do nothing: a scheduler sends those that ask the trainer
+to save and stop to every process, while the trainer still needs its servers. It copies the server's output, in which it
+replaces the server's key: SGLang writes all its arguments into its log. At its end it removes the folder in which the
+key was handed over, and the files in shared memory that the server leaves: SGLang ends its own processes with SIGKILL.
 
 The order comes as JSON on standard input: parent (its process number), command, environment, secret and secret_folder
 (or null), grace_s.
