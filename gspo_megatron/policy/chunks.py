@@ -98,16 +98,32 @@ class _HashedFile(io.RawIOBase, IO[bytes]):  # type: ignore[misc]
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.position, self.digest = file, 0, xxhash.xxh3_128()
+        self._error: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self._error = error
+            raise
         self.digest.update(data)
         size = memoryview(data).nbytes
         self.position += size
         return size
+
+    def save(self, value: Any) -> tuple[int, int]:
+        """torch.save; returns start and length. Raises OSError, of which torch makes an error of its own, as it was."""
+        start = self.position
+        try:
+            torch.save(value, self)
+        except RuntimeError:
+            if self._error is not None:
+                raise self._error from None
+            raise
+        return start, self.position - start
 
 
 def write_chunks(
@@ -118,24 +134,12 @@ def write_chunks(
     with open(path, "wb") as file:
         stream = _HashedFile(file)
         for chunk in chunks:
-            start = stream.position
-            torch.save(_alone(chunk.tensor), stream)
-            entries.append(
-                Entry(
-                    chunk.key,
-                    path.name,
-                    start,
-                    stream.position - start,
-                    str(chunk.tensor.dtype).removeprefix("torch."),
-                    chunk.global_shape,
-                    chunk.offset,
-                    tuple(chunk.tensor.shape),
-                )
-            )
+            place = stream.save(_alone(chunk.tensor))
+            dtype = str(chunk.tensor.dtype).removeprefix("torch.")
+            shape = tuple(chunk.tensor.shape)
+            entries.append(Entry(chunk.key, path.name, *place, dtype, chunk.global_shape, chunk.offset, shape))
         for key, value in objects:
-            start = stream.position
-            torch.save(value, stream)
-            entries.append(Entry(key, path.name, start, stream.position - start))
+            entries.append(Entry(key, path.name, *stream.save(value)))
         file.flush()
         os.fsync(file.fileno())
     return entries, FileSum(stream.position, stream.digest.hexdigest())

@@ -64,11 +64,11 @@ def test_without_a_whole_checkpoint_nothing_starts(tmp_path: Path) -> None:
 def test_what_may_not_change_is_named_with_both_values(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", ONE, 1)
     run.finish()
-    run.command += ["--run.seed", "5", "--algorithm.clip_high", "0.05", "--train.rollout_batches", "2"]
+    run.command += ["--run.seed", "5", "--algorithm.clip_high", "0.045", "--train.rollout_batches", "2"]
     done = run.start()
     assert done.returncode == 2
     assert "run.seed=5, but the run in " in done.stderr and "was started with 11" in done.stderr
-    assert "algorithm.clip_high=0.05" in done.stderr and "was started with 0.04" in done.stderr
+    assert "algorithm.clip_high=0.045" in done.stderr and "was started with 0.04" in done.stderr
     run.command += ["--run.seed", "11", "--algorithm.clip_high", "0.04", "--data.token_budget", "128"]
     run.finish()
     assert [row["step"] for row in run.rows()] == [0, 1, 2]
