@@ -31,7 +31,7 @@ from gspo_megatron.weights.torch_dist.writer import (
     write_structure,
 )
 
-FILE_BYTES = 512 * 2**20  # of a file, at least what is aimed at: a conversion takes up where it was killed by files
+FILE_BYTES = 128 * 2**20  # of a file, or more in large models: a killed conversion goes on with the file it was in
 _MOST_FILES = 256
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -563,27 +561,3 @@ def test_inspect_tells_both_formats(source: Path, tmp_path: Path) -> None:
     listed = {t.name: t for t in inspect(dist).tensors}
     fc1 = listed["decoder.layers.0.mlp.experts.experts.linear_fc1.weight"]
     assert fc1.shape == (4, 16, 16) and fc1.parts == 4 * 3
-
-
-def test_a_killed_conversion_is_taken_up_by_the_same_command(tmp_path: Path) -> None:
-    """SIGKILL at three moments; the whole of it, with a large model and ten moments, is tests/system's."""
-    sizes = {"hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 16, "num_hidden_layers": 4}
-    source = write_hf(tmp_path / "hf", CONFIG | sizes)
-    expected = contents(to_megatron(source, tmp_path / "expected", file_bytes=2_000_000))
-    script = (
-        "import sys; from pathlib import Path\n"
-        "from tests.unit.weights.conversion_setup import to_megatron\n"
-        "print('ready', flush=True)\n"
-        f"to_megatron(Path({str(source)!r}), Path({str(tmp_path / 'dist')!r}), file_bytes=2_000_000)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for delay_s in (0.02, 0.05, 0.1):
-        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(delay_s)
-            process.send_signal(signal.SIGKILL)
-        assert not (tmp_path / "dist").exists() or contents(tmp_path / "dist") == expected
-    if not (tmp_path / "dist").exists():
-        to_megatron(source, tmp_path / "dist", file_bytes=2_000_000)
-    assert contents(tmp_path / "dist") == expected
