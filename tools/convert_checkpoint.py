@@ -17,12 +17,26 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.failures import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 from gspo_megatron.logs import quiet_libraries
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gspo_megatron.weights.conversion.compare import Comparison
+    from gspo_megatron.weights.conversion.models import HFModel, TorchDistModel
+    from gspo_megatron.weights.conversion.to_hf import ToHF
+    from gspo_megatron.weights.conversion.to_megatron import ToMegatron
+
+    Model = HFModel | TorchDistModel
+
+_LOGIT_TOKENS = (4, 32)  # sequences, tokens of each
+_LOGIT_TOLERANCE = 1e-4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     threads = max(1, min(8, len(os.sched_getaffinity(0))))
 
-    def add(name: str, run: object, help: str, *folders: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], int], help: str, *folders: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help)
         command.set_defaults(run=run)
         for folder in folders:
@@ -104,7 +118,7 @@ def _export(options: argparse.Namespace) -> int:
     return _convert(ToHF(model, dtype=dtype), model.left_out, options)
 
 
-def _convert(conversion: object, left_out: Sequence[str], options: argparse.Namespace) -> int:
+def _convert(conversion: ToMegatron | ToHF, left_out: Sequence[str], options: argparse.Namespace) -> int:
     from gspo_megatron.weights.conversion.execute import check_target, execute
     from gspo_megatron.weights.conversion.plan import describe_plan
     from gspo_megatron.weights.conversion.progress import ByteProgress
@@ -139,16 +153,40 @@ def _verify(options: argparse.Namespace) -> int:
         result = verify(*models, threads=options.threads, advance=progress.advance)
     code = _report(result, models)
     if code == EXIT_DONE and options.logits:
-        code = _compare_logits(models)
+        code = compare_logits(models)
     return code
 
 
-def _compare_logits(models: Sequence[object]) -> int:
-    from conversion.logits import compare_logits
+def compare_logits(models: Sequence[Model]) -> int:
+    """Both in float32 on the same random tokens, each by its own implementation: transformers or the training's."""
+    import torch
 
-    result = compare_logits(*models)
-    print(result.describe())
-    return EXIT_DONE if result.agree else EXIT_FAILED
+    vocabulary = models[0].architecture.fields.vocab_size
+    tokens = torch.randint(vocabulary, _LOGIT_TOKENS, generator=torch.Generator().manual_seed(0))
+    one, other = (_logits(model, tokens) for model in models)
+    largest, difference = float(one.abs().max()), float((one - other).abs().max())
+    agree = difference <= _LOGIT_TOLERANCE * max(1.0, largest)
+    print(
+        f"logits of {tokens.numel()} tokens in float32 {'agree' if agree else 'differ'}: by at most {difference:.3g}, "
+        f"the largest is {largest:.3g}, allowed is {_LOGIT_TOLERANCE:g} of it"
+    )
+    return EXIT_DONE if agree else EXIT_FAILED
+
+
+def _logits(model: Model, tokens: Tensor) -> Tensor:
+    from gspo_megatron.weights.conversion.models import HFModel
+
+    if isinstance(model, HFModel):
+        if model.checkpoint.scales:
+            raise UserError(f"{model.folder}: --logits needs weights without scales; give what import and export make")
+        from gspo_megatron.rollout.embedded.logits import transformers_logits
+
+        return transformers_logits(model.folder, tokens)
+    from gspo_megatron.launch import single_rank_environment
+    from gspo_megatron.policy.logits import megatron_logits
+
+    with single_rank_environment():
+        return megatron_logits(model.folder, tokens)
 
 
 def _diff(options: argparse.Namespace) -> int:
@@ -162,13 +200,13 @@ def _diff(options: argparse.Namespace) -> int:
     return _report(result, models)
 
 
-def _nbytes(model: object) -> int:
+def _nbytes(model: Model) -> int:
     from gspo_megatron.weights.conversion.compare import nbytes_of
 
     return sum(nbytes_of(model, name) for name in model.names)
 
 
-def _report(result: object, models: Sequence[object]) -> int:
+def _report(result: Comparison, models: Sequence[Model]) -> int:
     for difference in result.differences:
         print(f"{difference.name}: {difference.reason}")
     for line in result.config_differences:

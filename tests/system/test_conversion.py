@@ -12,10 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gspo_megatron.weights.conversion.execute import partial_folder
+from gspo_megatron.weights.conversion.models import open_model
 from gspo_megatron.weights.torch_dist.checksums import FileSum, find_damage, hash_files, list_files
-from tools import benchmark_conversion
+from tests.distributed import family_models
+from tests.unit.weights.test_conversion_docs import COMMANDS
+from tools import benchmark_conversion, convert_checkpoint
 
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).parents[2]
@@ -107,3 +111,22 @@ def written(partial: Path) -> int:
         return sum(entry.stat().st_size for entry in os.scandir(partial))
     except FileNotFoundError:  # not yet begun, or just finished
         return 0
+
+
+@pytest.mark.timeout(600)
+def test_logits_of_both_sides_agree_or_are_said_to_differ(tmp_path: Path) -> None:
+    """The trainer's model beside transformers', on a model that a rule wrong in both directions would have changed."""
+    source, dist, swapped = tmp_path / "hf", tmp_path / "dist", tmp_path / "swapped"
+    family_models.make("qwen3_moe").save_pretrained(source)
+    finish("import", source, dist)
+    [line] = [line for line in COMMANDS if "--logits" in line]  # of docs/conversion.md
+    said = finish(*line.replace("Qwen3-30B-A3B", str(source)).replace("qwen3_dist", str(dist)).split()[2:])
+    assert "are equal: " in said and "logits of 128 tokens in float32 agree: by at most" in said
+    tensors = load_file(shutil.copytree(source, swapped) / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("gate_proj.weight")]:
+        other = name.replace("gate_proj", "up_proj")
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+    save_file(tensors, swapped / "model.safetensors", metadata={"format": "pt"})
+    models = [open_model(swapped), open_model(source)]
+    assert convert_checkpoint.compare_logits(models) == 1
+    assert convert_checkpoint.compare_logits(models[1:] * 2) == 0

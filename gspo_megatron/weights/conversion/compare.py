@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
-from gspo_megatron.weights.conversion.models import Model, TorchDistModel
+from gspo_megatron.weights.conversion.models import HEAD, Model, TorchDistModel
 from gspo_megatron.weights.torch_dist.checksums import CHECKSUMS, find_damage
 from gspo_megatron.weights.torch_dist.records import raw_bytes
 
@@ -64,8 +65,28 @@ def verify(one: Model, other: Model, *, threads: int = 2, advance: Callable[[int
 
 
 def diff(one: Model, other: Model, *, threads: int = 2, advance: Callable[[int], None] | None = None) -> Comparison:
-    """How their tensors differ in numbers, whatever their dtypes. Configs are compared too."""
-    return _compare(one, other, _by_value, threads=threads, advance=advance)
+    """How their tensors differ in numbers, whatever their dtypes; of two training checkpoints the optimizer's state
+    too. Configs are compared too."""
+    found = _compare(one, other, _by_value, threads=threads, advance=advance)
+    if isinstance(one, TorchDistModel) and isinstance(other, TorchDistModel) and one.others and other.others:
+        more = _compare_sets(
+            _Side(one.folder, one.others, one.checkpoint.read),
+            _Side(other.folder, other.others, other.checkpoint.read),
+            _by_value,
+            threads=threads,
+            advance=advance,
+        )
+        found = replace(found, differences=(*found.differences, *more), tensors=found.tensors + len(one.others))
+    return found
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Named tensors of a folder."""
+
+    folder: Path
+    names: Sequence[str]
+    read: Callable[[str], Tensor]
 
 
 def _compare(
@@ -76,42 +97,51 @@ def _compare(
     threads: int,
     advance: Callable[[int], None] | None,
 ) -> Comparison:
-    ours, theirs = set(one.names), set(other.names)
     # A tied head may be stored or not.
-    ties = {"lm_head.weight"} if all(m.config.get("tie_word_embeddings") for m in (one, other)) else set()
-    differences = [
-        TensorDifference(name, f"missing in {model.folder}")
-        for model, names in ((other, ours - theirs - ties), (one, theirs - ours - ties))
-        for name in sorted(names)
-    ]
-    common = [name for name in one.names if name in theirs]
-
-    def check(name: str) -> TensorDifference | None:
-        left, right = one.read(name), other.read(name)
-        reason = compare(left, right) if left.shape == right.shape else f"shape {_shape(left)}, {_shape(right)}"
-        if advance is not None:
-            advance(left.numel() * left.element_size())
-        return None if reason is None else TensorDifference(name, reason)
-
-    nbytes = sum(nbytes_of(one, name) for name in common)
-    with ThreadPoolExecutor(threads) as pool:
-        differences += filter(None, pool.map(check, common))
+    tied = all(model.config.get("tie_word_embeddings") for model in (one, other))
+    may_lack = {HEAD} if tied and not (HEAD in one.names and HEAD in other.names) else set()
+    left, right = (_Side(m.folder, [n for n in m.names if n not in may_lack], m.read) for m in (one, other))
+    differences = _compare_sets(left, right, compare, threads=threads, advance=advance)
+    common = set(left.names) & set(right.names)
     return Comparison(
         tuple(differences),
         tuple(config_differences(one.config, other.config)),
         tuple(sorted({*one.left_out, *other.left_out})),
         len(common),
-        nbytes,
+        sum(nbytes_of(one, name) for name in common),
     )
+
+
+def _compare_sets(
+    one: _Side,
+    other: _Side,
+    compare: Callable[[Tensor, Tensor], str | None],
+    *,
+    threads: int,
+    advance: Callable[[int], None] | None,
+) -> list[TensorDifference]:
+    ours, theirs = set(one.names), set(other.names)
+    missing = [
+        TensorDifference(name, f"missing in {side.folder}")
+        for side, names in ((other, ours - theirs), (one, theirs - ours))
+        for name in sorted(names)
+    ]
+
+    def check(name: str) -> TensorDifference | None:
+        left, right = one.read(name), other.read(name)
+        same_shape = left.shape == right.shape
+        reason = compare(left, right) if same_shape else f"shape {list(left.shape)}, {list(right.shape)}"
+        if advance is not None:
+            advance(left.numel() * left.element_size())
+        return None if reason is None else TensorDifference(name, reason)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return missing + list(filter(None, pool.map(check, (name for name in one.names if name in theirs))))
 
 
 def nbytes_of(model: Model, name: str) -> int:
     """Of a tensor."""
     return torch.Size(model.shape(name)).numel() * model.dtype(name).itemsize
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
 
 
 def _by_hash(one: Tensor, other: Tensor) -> str | None:

@@ -180,6 +180,11 @@ class TorchDistModel:
         """Where a tensor comes from. A tied head is the embedding."""
         return self.architecture.origins[EMBEDDING if name == HEAD and self.has_tied_head else name]
 
+    @property
+    def others(self) -> list[str]:
+        """Keys of stored tensors that are not the model's: the optimizer's state."""
+        return sorted(key for key in self.checkpoint.tensors if not key.startswith(MODEL_KEYS))
+
     def shape(self, name: str) -> tuple[int, ...]:
         spec, i = self.origin(name)
         return spec.hf_shapes[i]

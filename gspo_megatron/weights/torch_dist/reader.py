@@ -8,7 +8,7 @@ import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -202,18 +202,16 @@ class TorchDistCheckpoint:
 
 
 def _neighbours(stored: StoredTensor) -> Iterator[tuple[Chunk, Chunk]]:
-    """Pairs of chunks that may overlap: all, but for those of different layers or experts."""
-    slices: dict[int, list[Chunk]] = {}
-    thick = []
-    for chunk in stored.chunks:
-        if chunk.sizes and chunk.sizes[0] == 1:
-            slices.setdefault(chunk.offsets[0], []).append(chunk)
-        else:
-            thick.append(chunk)
-    yield from combinations(thick, 2)
-    for chunks in slices.values():
-        yield from combinations(chunks, 2)
-        yield from product(chunks, thick)
+    """Pairs of chunks that share rows of the first axis: only these can overlap."""
+    if not stored.shape:
+        yield from combinations(stored.chunks, 2)
+        return
+    ordered = sorted(stored.chunks, key=lambda chunk: chunk.offsets[0])
+    for i, one in enumerate(ordered):
+        for other in islice(ordered, i + 1, None):
+            if other.offsets[0] >= one.offsets[0] + one.sizes[0]:
+                break
+            yield one, other
 
 
 def _overlap(one: Chunk, other: Chunk) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.weights.conversion import to_megatron as to_megatron_module
@@ -285,6 +293,37 @@ def test_diff_compares_across_formats_dtypes_and_missing_tensors(tmp_path: Path)
     fewer = write_hf(tmp_path / "fewer", CONFIG | {"num_hidden_layers": 1})
     missing = [d for d in diff(open_model(source), open_model(fewer)).differences if d.reason.startswith("missing in")]
     assert missing and all("model.layers.1." in d.name and d.reason.endswith("fewer") for d in missing)
+
+
+def add_optimizer_state(dist: Path, **tensors: torch.Tensor) -> Path:
+    """As training saves it beside the weights."""
+    path = dist / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    (dist / "checksums.json").unlink()
+    for i, (name, tensor) in enumerate(tensors.items()):
+        key, file = f"optimizer.state.exp_avg.{name}", f"__{50 + i}_0.distcp"
+        torch.save(tensor, dist / file)
+        place, size = MetadataIndex(key, [0] * tensor.dim()), (dist / file).stat().st_size
+        chunk = ChunkStorageMetadata(torch.Size([0] * tensor.dim()), tensor.shape)
+        metadata.state_dict_metadata[key] = TensorStorageMetadata(TensorProperties(tensor.dtype), tensor.shape, [chunk])
+        metadata.storage_data[place] = _StorageInfo(file, 0, size)
+    path.write_bytes(pickle.dumps(metadata))
+    return dist
+
+
+def test_diff_compares_the_optimizers_state_of_two_training_checkpoints(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf")
+    one, other, bare = (to_megatron(source, tmp_path / name) for name in ("one", "other", "bare"))
+    add_optimizer_state(one, a=torch.zeros(3), b=torch.ones(2), c=torch.ones(1))
+    add_optimizer_state(other, a=torch.tensor([0.0, 0.5, 0.0]), b=torch.ones(2))
+    found = diff(open_model(one), open_model(other)).differences
+    assert [(d.name, d.reason) for d in found] == [
+        ("optimizer.state.exp_avg.c", f"missing in {other}"),
+        ("optimizer.state.exp_avg.a", "1 of 3 numbers differ, by at most 0.5 at [1]"),
+    ]
+    assert diff(open_model(one), open_model(bare)).is_equal, "weights alone are compared with weights alone"
+    assert verify(open_model(one), open_model(other)).is_equal
+    assert contents(to_hf(one, tmp_path / "back")) == contents(source), "an export leaves it behind"
 
 
 def test_nan_and_infinity_are_told_apart_by_their_bits(tmp_path: Path) -> None:
