@@ -68,15 +68,11 @@ class Snapshot:
     counts: dict[str, int]
 
     def to_host(self) -> Snapshot:
-        """The same with a copy in host memory of what is on a device; what is in host memory is not copied."""
-        copies = [
-            torch.empty_like(c.tensor, device="cpu", pin_memory=True).copy_(c.tensor, non_blocking=True)
-            if c.tensor.is_cuda
-            else c.tensor
-            for c in self.chunks
-        ]
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        """The same with a copy in host memory of what is on a device; what is in host memory is not copied.
+
+        Not in pinned memory, which a forked process does not have.
+        """
+        copies = (c.tensor.clone() if c.tensor.is_pinned() else c.tensor.cpu() for c in self.chunks)
         return replace(self, chunks=[replace(c, tensor=t) for c, t in zip(self.chunks, copies, strict=True)])
 
 
