@@ -25,6 +25,8 @@ RUN_FILES = (CONFIG_FILE, *RECORDS, "report.html", "report.png")
 def problems(config: TrainConfig | SftConfig) -> list[str]:
     """What speaks against this run folder: it holds another run, or something a run has not made."""
     folder = Path(config.run.folder)
+    if config.run.resume and not isinstance(config, TrainConfig):
+        return ["run.resume=true is read by `train` only: sft saves its weights at its end; leave it out"]
     if folder.is_symlink() and not folder.exists():
         return [
             f"run.folder={folder} is a symbolic link to {os.readlink(folder)}, which does not exist; "
@@ -72,8 +74,7 @@ def _changes(config: TrainConfig | SftConfig) -> list[str]:
     folder = Path(config.run.folder)
     if not (folder / CONFIG_FILE).is_file():
         return [f"run.folder={folder} holds a run without {CONFIG_FILE}, which can't be resumed; give another folder"]
-    if not isinstance(config, TrainConfig):
-        return ["run.resume=true is read by `train` only: sft saves its weights at its end; leave it out"]
+    assert isinstance(config, TrainConfig)
     before, now = load_config(TrainConfig, folder / CONFIG_FILE), resolve(config)
     pairs = [("run", "seed", before.run.seed, now.run.seed)]
     for section, free in _FIXED.items():
