@@ -377,7 +377,11 @@ class PackedAttention(MegatronModule):
         if plan.key_index is not None:
             assert packed_seq_params.context_size == self.cp_group.size()
             key, value = GatherKeys.apply(key, value, plan.key_index, self.cp_group)
-        return attend(query, key, value, plan, scale=self.scale).flatten(1)
+        return self.attend(query, key, value, plan).flatten(1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+        """query [T, heads, head_dim]; key, value [K, groups, …] -> [T, heads, value_dim]"""
+        return attend(query, key, value, plan, scale=self.scale)
 
 
 def core_attention(kind: str) -> type[torch.nn.Module]:

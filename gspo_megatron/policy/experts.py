@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedStateDict, ShardedTensorFactory
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.transformer.module import MegatronModule
@@ -20,17 +21,21 @@ from torch.nn.parameter import Parameter
 from gspo_megatron.device import current_device
 from gspo_megatron.weights.grouped import misaligned
 
+QUICK_GELU_ALPHA = 1.702  # Megatron's quick_gelu has it too, compiled
 EXTRA_STATE = "_extra_state"  # torch's name for what a module saves besides its parameters
 
 
 class GroupedExperts(MegatronModule):
-    """SwiGLU experts over `torch.nn.functional.grouped_mm`; the same function of the same weights as SequentialMLP.
+    """Gated experts over `torch.nn.functional.grouped_mm`; the same function of the same weights as SequentialMLP.
 
     Made by Megatron's MoELayer as `submodules.experts`. With E local experts, F the intermediate size of an
     expert on this expert-tensor rank and H the hidden size:
 
         weight1 [E, 2F, H]: of each expert this shard's gate rows, then its up rows
         weight2 [E, H, F]
+
+    and, with `add_bias_linear`, bias1 [E, 2F] and bias2 [E, H]. The activation is SwiGLU, or gpt-oss's where there is
+    a clamp value.
 
     Nothing here depends on how tokens were routed. On CUDA bfloat16 runs without waiting for the device; for
     float32 torch itself reads the group sizes and loops.
@@ -57,7 +62,14 @@ class GroupedExperts(MegatronModule):
         device = torch.device("cpu") if config.use_cpu_initialization else current_device()
         self.weight1 = Parameter(torch.empty(num_local_experts, 2 * ffn, hidden, dtype=dtype, device=device))
         self.weight2 = Parameter(torch.empty(num_local_experts, hidden, ffn, dtype=dtype, device=device))
-        for weight, axis in ((self.weight1, 1), (self.weight2, 2)):
+        parameters = [(self.weight1, 1), (self.weight2, 2)]
+        self.has_biases: bool = config.add_bias_linear
+        if self.has_biases:
+            self.bias1 = Parameter(torch.empty(num_local_experts, 2 * ffn, dtype=dtype, device=device))
+            self.bias2 = Parameter(torch.empty(num_local_experts, hidden, dtype=dtype, device=device))
+            parameters += [(self.bias1, 1), (self.bias2, 1)]
+        self.activation = partial(_weighted_swiglu, limit=config.activation_func_clamp_value)
+        for weight, axis in parameters:
             # A shard even where it is the only one: what is not counts on tensor rank 0 alone in the gradient norm.
             weight.tensor_model_parallel = True  # type: ignore[attr-defined]
             weight.partition_dim = axis  # type: ignore[attr-defined]
@@ -89,12 +101,17 @@ class GroupedExperts(MegatronModule):
             return self._no_tokens(x, probs), None
         counts = tokens_per_expert.to(x.device, non_blocking=True)
         fc1 = self._product(x, self.weight1, counts)
+        if self.has_biases:
+            expert = torch.repeat_interleave(counts, output_size=x.shape[0])  # [T]
+            fc1 = fc1 + self.bias1.index_select(0, expert)
         if self.recompute_activation and torch.is_grad_enabled():
             checkpoint = CheckpointWithoutOutput(fp8=None)  # its default asks Transformer Engine
-            output = self._product(checkpoint.checkpoint(_weighted_swiglu, fc1, probs), self.weight2, counts)
+            output = self._product(checkpoint.checkpoint(self.activation, fc1, probs), self.weight2, counts)
             checkpoint.discard_output_and_register_recompute(output)
         else:
-            output = self._product(_weighted_swiglu(fc1, probs), self.weight2, counts)
+            output = self._product(self.activation(fc1, probs), self.weight2, counts)
+        if self.has_biases:
+            output = output + (self.bias2.index_select(0, expert) * probs.unsqueeze(-1)).to(output.dtype)
         if output.requires_grad:
             output.register_hook(Tensor.contiguous)  # the backward of grouped_mm takes no expanded gradient
         return output, None
@@ -114,7 +131,10 @@ class GroupedExperts(MegatronModule):
         """
         ffn, hidden = self.weight2.shape[2], x.shape[1]
         fc1 = (x @ self.weight1.flatten(0, 1).T)[:, : 2 * ffn]
-        return (_weighted_swiglu(fc1, probs) @ self.weight2.flatten(0, 1).T)[:, :hidden]
+        if self.has_biases:
+            fc1 = fc1 + self.bias1[0]
+        output = (self.activation(fc1, probs) @ self.weight2.flatten(0, 1).T)[:, :hidden]
+        return output + self.bias2[0] if self.has_biases else output
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients: here they come with the backward pass."""
@@ -126,15 +146,16 @@ class GroupedExperts(MegatronModule):
         assert not (metadata or {}).get("singleton_local_shards"), "experts are kept as shards of one tensor per layer"
         state: ShardedStateDict = {}
         copy = self.dp_group.rank()
-        for name, layer in (("weight1", "linear_fc1"), ("weight2", "linear_fc2")):
-            gated = name == "weight1"
-            state[prefix + name] = ShardedTensorFactory(
-                f"{prefix}experts.{layer}.weight",
-                getattr(self, name),
-                partial(self._shards, sharded_offsets=sharded_offsets, gated=gated),
-                partial(_merge, gated=gated),
-                (0, 0, copy),
-            )
+        for number in (1, 2):
+            layer, gated = f"linear_fc{number}", number == 1
+            for kind in ("weight", "bias") if self.has_biases else ("weight",):
+                state[f"{prefix}{kind}{number}"] = ShardedTensorFactory(
+                    f"{prefix}experts.{layer}.{kind}",
+                    getattr(self, f"{kind}{number}"),
+                    partial(self._shards, sharded_offsets=sharded_offsets, gated=gated),
+                    partial(_merge, gated=gated),
+                    (0, 0, copy),
+                )
             # Megatron's linear layers save an empty state beside each weight, and miss it when they load.
             for expert in range(self.num_local_experts):
                 state[f"{prefix}{layer}.{expert}.{EXTRA_STATE}"] = make_sharded_object_for_checkpoint(
@@ -164,7 +185,7 @@ class GroupedExperts(MegatronModule):
         sharded_offsets: tuple,
         gated: bool,
     ) -> list[ShardedTensor]:
-        """One shard per expert, of weight1 one for gate and one for up; the expert axis goes first."""
+        """One shard per expert, of weight1 and bias1 one for gate and one for up; the expert axis goes first."""
         assert flattened_range is None
         degree, rank = self.tp_group.size(), self.tp_group.rank()
         axis = len(sharded_offsets)  # of the experts
@@ -174,7 +195,7 @@ class GroupedExperts(MegatronModule):
                 gate, up = whole.chunk(2)
                 cuts = [(gate, (axis + 1, rank, 2 * degree)), (up, (axis + 1, degree + rank, 2 * degree))]
             else:
-                cuts = [(whole, (axis + 2, rank, degree))]
+                cuts = [(whole, (axis + whole.ndim, rank, degree))]  # a bias is not cut: degree is 1
             for tensor, cut in cuts:
                 offsets = (*sharded_offsets, self._expert_offset(expert, axis=axis), cut)
                 shards.append(
@@ -192,11 +213,15 @@ def _merge(shards: list[Tensor], *, gated: bool) -> Tensor:
     return stacked.unflatten(0, (-1, 2)).flatten(1, 2) if gated else stacked
 
 
-def _weighted_swiglu(fc1: Tensor, probs: Tensor) -> Tensor:
+def _weighted_swiglu(fc1: Tensor, probs: Tensor, limit: float | None) -> Tensor:
     """fc1 [T, 2F], probs [T] -> [T, F]. Rounded to fc1's dtype before and after the product with probs, as
-    Megatron's MLP does it."""
+    Megatron's MLP does it. `limit`: of gpt-oss's activation, else plain SwiGLU."""
     gate, up = fc1.chunk(2, dim=-1)
-    activation = F.silu(gate) * up
+    if limit is None:
+        activation = F.silu(gate) * up
+    else:
+        gate = gate.clamp(max=limit)
+        activation = gate * torch.sigmoid(QUICK_GELU_ALPHA * gate) * (up.clamp(-limit, limit) + 1)
     return (activation * probs.unsqueeze(-1)).to(activation.dtype)
 
 
@@ -208,9 +233,10 @@ def _drop_extra_states(module: torch.nn.Module, state_dict: dict[str, Any], pref
 
 def _check(config: TransformerConfig) -> None:
     """What this module leaves out."""
-    assert config.gated_linear_unit and config.activation_func is F.silu, "experts are SwiGLU"
-    assert config.activation_func_clamp_value is None and config.glu_linear_offset == 0, "experts are plain SwiGLU"
-    assert not config.add_bias_linear, "experts have no bias"
+    plain = config.activation_func_clamp_value is None
+    assert config.gated_linear_unit and config.activation_func is (F.silu if plain else quick_gelu)
+    assert config.glu_linear_offset == (0 if plain else 1), "experts are plain SwiGLU, or gpt-oss's"
+    assert not config.add_bias_linear or config.expert_tensor_parallel_size == 1, "bias2 would be added on each rank"
     assert not config.bias_activation_fusion and not config.use_te_activation_func, "the activation is not fused"
     assert not config.moe_apply_probs_on_input, "probabilities weigh the activation"
     assert config.moe_latent_size is None, "experts work on the hidden size"

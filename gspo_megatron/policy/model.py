@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
@@ -27,6 +28,7 @@ from gspo_megatron.policy.latent_attention import LatentAttention, latent_settin
 from gspo_megatron.policy.norm import ProjectionNorm, RMSNorm
 from gspo_megatron.policy.rotary import Rotary
 from gspo_megatron.policy.router import Layer, Router, RouterLosses
+from gspo_megatron.policy.sink_attention import SinkAttention
 from gspo_megatron.policy.weights import Slot
 from gspo_megatron.weights.families.base import ModelFields
 from gspo_megatron.weights.families.deepseek_v3 import LatentAttentionFields
@@ -184,10 +186,12 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=fields.norm_eps,
         qk_layernorm=fields.qk_layernorm and fields.qk_norm_of_heads,  # not for ProjectionNorm: see there
-        add_bias_linear=False,
+        add_bias_linear=fields.biases,
         add_qkv_bias=fields.qkv_bias,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=F.silu if fields.swiglu_limit is None else quick_gelu,
+        activation_func_clamp_value=fields.swiglu_limit,
+        glu_linear_offset=0.0 if fields.swiglu_limit is None else 1.0,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
@@ -250,6 +254,8 @@ def _block_spec(fields: ModelFields, config: TransformerConfig, model: ModelConf
         parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
         attention = parts.self_attention.submodules
         attention.core_attention = ModuleSpec(module=core_attention(model.attention))
+        if fields.attention_sinks:
+            attention.core_attention = ModuleSpec(SinkAttention, {"windows": fields.attention_windows})
         if isinstance(fields, LatentAttentionFields):
             parts.self_attention.module = LatentAttention
             parts.self_attention.params["rope_interleave"] = fields.rope_interleave
@@ -308,14 +314,15 @@ def mark_parallel(slots: Iterable[Slot], specs: Iterable[TensorSpec]) -> None:
         if not isinstance(slot.parameter, Parameter):
             continue
         spec = by_name[slot.name]
-        sharded = spec.dim is not None or spec.expert is not None
+        is_expert = spec.expert is not None or spec.stacks_experts
+        sharded = spec.dim is not None or is_expert
         stacked = slot.index is not None  # one axis more than the rule knows of
         attributes = {
             "tensor_model_parallel": sharded,
             "partition_dim": (spec.dim or 0) + stacked,
             "partition_stride": 1,
         }
-        if spec.expert is not None:
+        if is_expert:
             attributes["allreduce"] = False  # reduced over the expert-data-parallel group
         for attribute, value in attributes.items():
             setattr(slot.parameter, attribute, value)
@@ -340,7 +347,7 @@ def parameter_slots(chunks: Sequence[Any], layout: ParallelLayout, fields: Model
                 at = parts.index("local_experts") + 1
                 parts[at] = str(int(parts[at]) + first_expert)
             name = ".".join(parts)
-            if parts[-2] == "experts":
+            if parts[-2] == "experts" and not fields.stacked_experts:
                 for i in range(parameter.shape[0]):
                     yield Slot(from_grouped_place(GroupedPlace(name, first_expert + i)), parameter, i)
             else:

@@ -85,6 +85,8 @@ class PolicyWeights:
             whole = spec.codec.to_megatron(read(spec))
             if spec.dim is not None:
                 index = place.expert_tensor if spec.expert is not None else place.tensor
+                if spec.stacks_experts:
+                    index = place.expert
                 whole = spec.codec.shard(whole, spec.dim, index, spec.num_shards(layout))
             assert whole.shape == slot.tensor.shape, (spec.megatron, whole.shape, slot.tensor.shape)
             slot.tensor.copy_(whole)

@@ -81,6 +81,11 @@ def check_layout(config: TrainConfig | SftConfig, fields: ModelFields, problems:
         {"num_experts": fields.num_experts},
         usable=lambda degree: stage % (degree * parallel.expert_tensor) == 0,
     )
+    problems.require(
+        not fields.biases or parallel.expert_tensor == 1,
+        f"parallel.expert_tensor={parallel.expert_tensor}, but experts with biases are not cut over ranks, each of "
+        "which would add the bias; use 1",
+    )
     check_divides(
         problems,
         "expert_tensor",
@@ -108,6 +113,10 @@ def check_kernels(
             getattr(model, name) == 0 or bool(fields.moe_layers),
             f"model.{name}={getattr(model, name):g}, but the model has no router (it is dense); use 0",
         )
+    problems.require(
+        not fields.stacked_experts or model.experts == "grouped",
+        f'model.experts="{model.experts}", but this family keeps a layer\'s experts together; use "grouped"',
+    )
     if (
         fields.num_experts is not None
         and model.experts == "grouped"

@@ -273,7 +273,10 @@ def _steps(
             for index in bucket.specs:
                 spec = specs[index]
                 for shard in range(spec.num_shards(layout)):
-                    owners = _owners(layout, stages[index], holder[index], shard if spec.dim is not None else 0)
+                    expert, tensor = holder[index], shard if spec.dim is not None else 0
+                    if spec.stacks_experts:  # each shard is all that one expert-parallel rank has
+                        expert, tensor = shard, 0
+                    owners = _owners(layout, stages[index], expert, tensor)
                     if bucket.sender in owners:
                         source = bucket.sender
                     else:

@@ -41,7 +41,7 @@ class Copy:
         return tensor.chunk(count, dim)[index]
 
     def place(self, shard: Tensor, dim: int | None, index: int, count: int, targets: Sequence[Tensor]) -> None:
-        _piece(targets[0], dim, index, count).copy_(shard)
+        piece(targets[0], dim, index, count).copy_(shard)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class QKV(Copy):
         grouped = shard.reshape(self.num_query_groups // count, -1, *shard.shape[1:])  # a shard holds whole groups
         sizes = [self.heads_per_group * self.head_dim, self.head_dim, self.head_dim]
         for part, target in zip(grouped.split(sizes, dim=1), targets, strict=True):
-            own = _piece(target, dim, index, count)
+            own = piece(target, dim, index, count)
             own.view(part.shape).copy_(part)
 
 
@@ -81,7 +81,7 @@ class GateUp(Copy):
 
     def place(self, shard: Tensor, dim: int | None, index: int, count: int, targets: Sequence[Tensor]) -> None:
         for half, target in zip(shard.chunk(2, 0), targets, strict=True):
-            _piece(target, dim, index, count).copy_(half)
+            piece(target, dim, index, count).copy_(half)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Vocabulary(Copy):
         rows.copy_(shard[: rows.shape[0]])
 
 
-def _piece(tensor: Tensor, dim: int | None, index: int, count: int) -> Tensor:
+def piece(tensor: Tensor, dim: int | None, index: int, count: int) -> Tensor:
     """The part of a HF tensor that one shard covers."""
     return tensor if dim is None else tensor.chunk(count, dim)[index]
 
@@ -125,6 +125,7 @@ class Rule:
     num_experts: int | None = None  # for names with {expert}
     load_only: bool = False  # a second copy of tensors that another rule exports
     dtype: torch.dtype | None = None  # kept and sent in, whatever the model's; None: the model's
+    stacks_experts: bool = False  # all experts of a layer along axis 0, which is cut over expert-parallel ranks
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class TensorSpec:
     expert: int | None
     load_only: bool
     dtype: torch.dtype | None = None  # None: the model's
+    stacks_experts: bool = False
 
     @property
     def numel(self) -> int:
@@ -149,6 +151,8 @@ class TensorSpec:
         """Pieces the parameter is cut into."""
         if self.dim is None:
             return 1
+        if self.stacks_experts:
+            return layout.expert
         return layout.expert_tensor if self.expert is not None else layout.tensor
 
     def pipeline_stage(self, layout: ParallelLayout, num_layers: int) -> int:
@@ -179,6 +183,7 @@ def expand(rules: Sequence[Rule], num_layers: int) -> list[TensorSpec]:
                         expert=expert,
                         load_only=rule.load_only,
                         dtype=rule.dtype,
+                        stacks_experts=rule.stacks_experts,
                     )
                 )
     first = [s for s in specs if s.megatron.startswith("embedding.")]

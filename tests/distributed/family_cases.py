@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gspo_megatron.config import ModelConfig, OptimizerConfig
+from gspo_megatron.config import MemoryConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.data.exchange import distribute
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.types import MicroBatch
@@ -23,13 +23,19 @@ def token_weights(index: int, length: int) -> torch.Tensor:
 
 
 def parity(
-    layout: dict[str, int], folder: str, lengths: list[int], vocab: int, model: dict[str, Any]
+    layout: dict[str, int], folder: str, lengths: list[int], vocab: int, settings: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """A training step of the policy on packed sequences: log-probabilities of the response tokens by sequence (from
     the last stage's ranks), the reduced gradients and the exported weights (at rank 0)."""
     groups = cases.join(layout)
-    settings = ModelConfig(path=folder, **model)
-    policy = MegatronPolicy(settings, OptimizerConfig(lr=1e-3), groups, seed=0, total_steps=10)
+    policy = MegatronPolicy(
+        ModelConfig(path=folder, **settings.get("model", {})),
+        OptimizerConfig(lr=1e-3, **settings.get("optimizer", {})),
+        groups,
+        seed=0,
+        total_steps=10,
+        memory=MemoryConfig(**settings.get("memory", {})),
+    )
     [batch] = distribute(
         cases.scatter(groups, make_sequences(lengths, vocab, seed=3)),
         groups,

@@ -98,7 +98,18 @@ CONFIGS["deepseek_v3"] = SIGMOID | {
     "v_head_dim": 10,
     "rope_parameters": YARN,
 }
+CONFIGS["gpt_oss"] = {
+    "intermediate_size": 24,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": 6,
+    "rope_parameters": {k: v for k, v in YARN.items() if not k.startswith("mscale")} | {"truncate": False},
+    "swiglu_limit": 0.7,  # reached by many
+}
 CLASSES = {
+    "gpt_oss": "GptOssForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -138,6 +149,8 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 def _scale(name: str) -> float:
     if name.endswith(("mlp.gate.weight", "router.weight")):
         return 0.3  # routes that are far from ties
+    if name.endswith("sinks"):
+        return 1.0
     return 0.2 if name.endswith("bias") else 0.1
 
 

@@ -79,17 +79,15 @@ def test_selection_biases_stay_float32_in_a_bfloat16_model(reference: Reference,
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def check(
-    expected: dict[str, Any], layout: dict[str, int], ranks: Ranks, *, model: dict[str, Any] | None = None
-) -> None:
-    """Log-probabilities, gradients and weights of the policy in a layout; `model`: further settings of [model]."""
+def check(expected: dict[str, Any], layout: dict[str, int], ranks: Ranks, **settings: dict[str, Any]) -> None:
+    """Log-probabilities, gradients and weights of the policy in a layout; `settings`: of its sections of the config."""
     results = ranks(ParallelLayout(**layout).world_size).run(
         "tests.distributed.family_cases:parity",
         layout=layout,
         folder=str(expected["folder"]),
         lengths=LENGTHS,
         vocab=family_models.VOCAB,
-        model=model or {},
+        settings=settings,
     )
     check_logprobs(results, expected["logprobs"])
     check_gradients(results[0]["gradients"], expected["gradients"])

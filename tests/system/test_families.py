@@ -10,7 +10,7 @@ import pytest
 from gspo_megatron.parallel import ParallelLayout
 from tests.distributed import family_models
 from tests.distributed.conftest import ranks  # noqa: F401
-from tests.distributed.test_families import Ranks, Reference, check, reference  # noqa: F401
+from tests.distributed.test_families import TENSOR_EXPERT, Ranks, Reference, check, reference  # noqa: F401
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -35,16 +35,39 @@ def test_the_policy_is_transformers(
 ) -> None:
     if family == "qwen3":
         layout = {name: degree for name, degree in layout.items() if not name.startswith("expert")}
+    if family == "gpt_oss":  # experts with biases are not cut
+        layout = {name: degree for name, degree in layout.items() if name != "expert_tensor"}
     check(reference(family), layout, ranks)
 
 
-@pytest.mark.parametrize("family", [f for f in family_models.CONFIGS if f != "qwen3"])
+@pytest.mark.parametrize("family", [f for f in family_models.CONFIGS if f not in ("qwen3", "gpt_oss")])
 def test_experts_one_after_the_other(
     family: str,
     reference: Reference,  # noqa: F811
     ranks: Ranks,  # noqa: F811
 ) -> None:
-    check(reference(family), {"tensor": 2, "expert": 2}, ranks, model={"experts": "sequential"})
+    check(reference(family), TENSOR_EXPERT, ranks, model={"experts": "sequential"})
+
+
+@pytest.mark.parametrize("recompute", ["selective", "moe", "full"])
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3", "gpt_oss"])
+def test_recomputed_layers(
+    family: str,
+    recompute: str,
+    reference: Reference,  # noqa: F811
+    ranks: Ranks,  # noqa: F811
+) -> None:
+    check(reference(family), TENSOR_EXPERT, ranks, memory={"recompute": recompute})
+
+
+@pytest.mark.parametrize("family", [f for f in family_models.CONFIGS if f != "qwen3"])
+def test_overlapped_reduction(
+    family: str,
+    reference: Reference,  # noqa: F811
+    ranks: Ranks,  # noqa: F811
+) -> None:
+    layout = {"data": 2, "tensor": 2, "expert": 2}
+    check(reference(family), layout, ranks, optimizer={"overlap_grad_reduce": True})
 
 
 @pytest.mark.parametrize(
@@ -59,6 +82,7 @@ def test_experts_one_after_the_other(
         ("deepseek_v3", {"q_lora_rank": None, "rope_parameters": PLAIN_ROPE, "n_group": 1, "topk_group": 1}),
         ("deepseek_v3", {"rope_interleave": False, "n_shared_experts": 3, "routed_scaling_factor": 1.0}),
         ("deepseek_v3", {"rope_parameters": family_models.YARN | {"mscale": 0.8, "mscale_all_dim": 0.0}}),
+        ("gpt_oss", {"rope_parameters": PLAIN_ROPE, "layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2}),
     ],
     ids=str,
 )

@@ -542,6 +542,17 @@ def test_servers_must_know_the_family_unless_nothing_is_checked(config: TrainCon
     assert message == 'model.attention="transformer_engine" is not set up for stranger models; use "torch"'
 
 
+def test_experts_with_biases_are_kept_together_and_whole(config: TrainConfig, model: Path) -> None:
+    edit_config(model, model_type="gpt_oss", intermediate_size=32, sliding_window=16, attention_bias=True)
+    (model / "model.safetensors").unlink()
+    config = changed(config, "model", init="random")
+    assert preflight.check_train(config)
+    cut = changed(config, "parallel", tensor=2, expert_tensor=2)
+    assert "parallel.expert_tensor=2, but experts with biases are not cut over ranks" in refusal(cut)
+    message = refusal(changed(config, "model", experts="sequential"))
+    assert message == 'model.experts="sequential", but this family keeps a layer\'s experts together; use "grouped"'
+
+
 def test_shared_experts_are_split_by_tensor_too(config: TrainConfig, model: Path) -> None:
     edit_config(model, model_type="qwen2_moe", shared_expert_intermediate_size=31)
     (model / "model.safetensors").unlink()

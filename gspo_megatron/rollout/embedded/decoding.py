@@ -73,13 +73,22 @@ def decode(
         rows.position = rows.position + 1
         logits = model(
             input_ids=token[:, None],
-            attention_mask=rows.mask[..., : in_prompt + step + 1],
+            attention_mask=_masks(model, rows.mask[..., : in_prompt + step + 1]),
             position_ids=rows.position,
             past_key_values=rows.cache,
         ).logits[:, -1]
     if not bool(logprobs.isfinite().all()):
         raise FloatingPointError("the policy's logits are not finite: its weights hold NaN or infinity, or overflow")
     return tokens.cpu(), logprobs.cpu()
+
+
+def _masks(model: PreTrainedModel, mask: Tensor) -> Tensor | dict[str, Tensor]:
+    """The mask [R, 1, 1, tokens] of one more token, or one for each kind of layer where some have a sliding window."""
+    if "sliding_attention" not in (getattr(model.config, "layer_types", None) or ()):
+        return mask
+    near = mask.clone()
+    near[..., : max(0, mask.shape[-1] - model.config.sliding_window)] = -torch.inf
+    return {"full_attention": mask, "sliding_attention": near}
 
 
 def _prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]], params: SamplingParams) -> tuple[Tensor, Rows]:

@@ -31,7 +31,8 @@ class EmbeddedEngine:
         config = AutoConfig.from_pretrained(model_folder, local_files_only=True)
         with no_init_weights():
             # Experts run as grouped products by default; asking for it refuses models without experts.
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            attention = "sdpa" if AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa else "eager"
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         model.tie_weights()  # part of the initialisation that was left out
         self.model = model.to(device).eval()
         self.device, self.batch_size = device, batch_size

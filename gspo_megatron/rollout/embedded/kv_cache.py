@@ -11,7 +11,7 @@ MIN_GROWTH = 128
 
 
 class InPlaceLayer(CacheLayerMixin):
-    """Keys and values of one full-attention layer, in storage that has room for tokens to come.
+    """Keys and values of one attention layer, in storage that has room for tokens to come.
 
     transformers' DynamicLayer copies all it holds at each step; its StaticLayer has attention read the empty room too.
     `keys` and `values` are the storage, [rows, heads, capacity, head_dim]; `update` returns what is filled of it.
@@ -80,7 +80,8 @@ class InPlaceLayer(CacheLayerMixin):
 
 def make_cache(model: PreTrainedModel, max_length: int) -> Cache:
     """An empty cache for sequences of up to `max_length` tokens, padding included."""
+    # Layers with a window keep all tokens too: the mask hides those outside.
     kinds = set(getattr(model.config, "layer_types", None) or ())
-    assert kinds <= {"full_attention"}, f"every layer is taken to see all tokens, not {sorted(kinds)}"
+    assert kinds <= {"full_attention", "sliding_attention"}, f"layer_types={sorted(kinds)}"
     assert kinds or not getattr(model.config, "sliding_window", None), "every layer is taken to see all tokens"
     return Cache(layers=[InPlaceLayer(max_length) for _ in range(model.config.num_hidden_layers)])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.errors import UserError, nearest
-from gspo_megatron.weights.families import deepseek_v3, glm4_moe, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
+from gspo_megatron.weights.families import deepseek_v3, glm4_moe, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
 from gspo_megatron.weights.families.base import Family, ModelFields
 from gspo_megatron.weights.families.config_types import check_types
 
@@ -16,6 +16,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         deepseek_v3.FAMILY,
         glm4_moe.FAMILY,
+        gpt_oss.FAMILY,
         mixtral.FAMILY,
         olmoe.FAMILY,
         qwen2_moe.FAMILY,

@@ -60,9 +60,14 @@ class ModelFields:
     qkv_bias: bool = False
     rotary_dim: int | None = None  # of a head, the first so many numbers are rotated; None: all
     yarn: Yarn | None = None
+    attention_sinks: bool = False  # see policy/sink_attention.py, which has the windows too
+    attention_windows: tuple[int | None, ...] = ()  # of each layer, tokens that a query sees; None: all before it
+    biases: bool = False  # on the output of attention, on router and experts
     num_experts: int | None = None
     experts_per_token: int = 0
     expert_ffn_hidden_size: int = 0
+    stacked_experts: bool = False  # a layer's experts are one tensor on disk, and one parameter here
+    swiglu_limit: float | None = None  # clamps the experts' activation, which then is gpt-oss's; None: plain SwiGLU
     moe_layers: tuple[int, ...] = ()  # layers with experts
     router_score: Literal["softmax", "sigmoid"] = "softmax"
     router_pre_softmax: bool = False  # softmax before (True) or after top-k
@@ -150,11 +155,13 @@ class ConfigReader:
             return None
         if kind != "yarn":
             raise UserError(f"config.json: rope_type={kind!r} is not supported; only unscaled ones and yarn are")
-        for name in ("factor", "original_max_position_embeddings"):
-            if not isinstance(given.get(name), (int, float)) or given[name] <= 0:
-                raise UserError(
-                    f"config.json: rope_type='yarn' with {name}={given.get(name)!r}; it must be a number > 0"
-                )
+        optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+        for name in ("factor", "original_max_position_embeddings", *optional):
+            value, least = given.get(name), 0 if name in optional else 1e-9
+            if value is None and name in optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
+                raise UserError(f"config.json: rope_type='yarn' with {name}={value!r}; it must be a number > 0")
         return Yarn(
             factor=float(given["factor"]),
             original_positions=int(given["original_max_position_embeddings"]),

@@ -19,6 +19,7 @@ from gspo_megatron.weights.rules import TensorSpec
 
 _LAYER = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.local_experts\.(?P<expert>\d+)\.(?P<rest>.+)")
+_STACKED = re.compile(r"(?P<experts>.+\.experts)\.(?P<kind>weight|bias)(?P<layer>[12])")  # of all experts at once
 _LINEAR = re.compile(r"(?P<module>.*\.linear_\w+)\.weight")  # modules that save an empty state beside their weight
 
 # Named as if they were fused into the product that follows, as they are with Transformer Engine; not in models with
@@ -79,16 +80,23 @@ class KeyTable:
             name = f"{match['experts']}.experts.{match['rest']}"
             index.append(int(match["expert"]))
             sizes.append(self.num_experts)
+        elif match := _STACKED.fullmatch(name):
+            name = f"{match['experts']}.experts.linear_fc{match['layer']}.{match['kind']}"
         return Place(name, tuple(index), tuple(sizes))
 
-    def empty_state(self, spec: TensorSpec) -> str | None:
-        """Key of the empty object that Megatron's linear layers save beside their weight; None where there is none."""
+    def empty_states(self, spec: TensorSpec) -> list[str]:
+        """Keys of the empty objects that Megatron's linear layers save beside their weights; [] for all else."""
         place = self.place(spec)
         match = _LINEAR.fullmatch(place.key)
         if match is None:
-            return None
-        index, sizes = place.index or (0,), place.sizes or (1,)
-        return f"{match['module']}._extra_state/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, sizes))}"
+            return []
+        places = [(place.index or (0,), place.sizes or (1,))]
+        if spec.stacks_experts:
+            places = [((expert,), (self.num_experts,)) for expert in range(self.num_experts)]
+        return [
+            f"{match['module']}._extra_state/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, sizes))}"
+            for index, sizes in places
+        ]
 
 
 def megatron_shape(spec: TensorSpec) -> tuple[int, ...]:

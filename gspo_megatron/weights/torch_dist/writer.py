@@ -146,8 +146,7 @@ def _metadata(files: Sequence[DistcpFile], table: KeyTable, empty_name: str, emp
             assert state[key].properties.dtype == parameter.dtype, f"{key} holds tensors of two dtypes"
             state[key].chunks.append(ChunkStorageMetadata(torch.Size(entry.offsets), torch.Size(entry.sizes)))
             storage[MetadataIndex(key, entry.offsets)] = _StorageInfo(file.name, entry.start, entry.nbytes)
-            empty_state = table.empty_state(parameter.spec)
-            if empty_state is not None:
+            for empty_state in table.empty_states(parameter.spec):
                 state[empty_state] = BytesStorageMetadata()
                 storage[MetadataIndex(empty_state)] = _StorageInfo(empty_name, 0, empty_bytes)
     return Metadata(state, storage_data=storage, storage_meta=StorageMeta(), version="1.0.0")

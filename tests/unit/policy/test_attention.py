@@ -326,3 +326,19 @@ def test_what_the_kernel_is_given(
     monkeypatch.setattr(attention, "_varlen_attn", kernel)
     qkv = random_qkv(lengths, *heads, head_dim=8)
     assert_close(by_rank(qkv, lengths, size), dense_gradients(qkv, lengths, SCALE))
+
+
+@pytest.mark.skipif(attention._find_varlen_attn() is None, reason="this torch has no varlen_attn to bind to")
+def test_values_narrower_than_keys_reach_the_kernel_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in latent attention; the kernel takes them of one width only."""
+    query, key, value, _ = random_qkv([5, 1, 9], 4, 2, head_dim=8)
+    [plan] = plans([5, 1, 9], 1)
+    expected = attend(query, key, value[..., :5], plan, scale=SCALE)
+    monkeypatch.setattr(attention, "uses_flash", lambda query: True)
+    widths = []
+    monkeypatch.setattr(
+        attention, "_varlen_attn", lambda q, k, v, *a, **b: (widths.append(v.shape), kernel(q, k, v, *a, **b))[1]
+    )
+    out = attend(query, key, value[..., :5], plan, scale=SCALE)
+    assert widths == [value.shape] and out.shape == expected.shape == (15, 4, 5)
+    torch.testing.assert_close(out, expected)

@@ -114,6 +114,20 @@ def test_an_even_load_gives_one() -> None:
     assert router.observed.tolist() == pytest.approx([1.0, torch.tensor(EXPERTS).log().item() ** 2], rel=1e-6)
 
 
+def test_a_sigmoid_routers_scores_are_divided_by_their_sum() -> None:
+    """As in DeepSeek-V3's own definition; one sequence, written out."""
+    router, micro = make_router(RouterLosses(aux=1.0), moe_router_score_function="sigmoid"), make_pack([7])
+    logits = torch.randn(7, EXPERTS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    chosen = chosen_of(logits)
+    router._loss(logits, chosen, RouterInputs(micro, 1))
+    scores = logits.sigmoid()
+    load = chosen.double().sum(0) * EXPERTS / (TOP_K * 7)
+    expected = (load * (scores / scores.sum(-1, keepdim=True)).mean(0)).sum()
+    assert router.observed is not None
+    assert float(router.observed[0]) == pytest.approx(float(expected), rel=1e-12)
+    assert abs(float((load * logits.softmax(-1).mean(0)).sum() - expected)) > 1e-3, "the case must tell the two apart"
+
+
 def test_routing_itself_is_megatrons() -> None:
     logits, micro = torch.randn(9, 1, EXPERTS, requires_grad=True), make_pack([9])
     on, off = make_router(), make_router(RouterLosses(0.0, 0.0))

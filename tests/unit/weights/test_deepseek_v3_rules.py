@@ -44,6 +44,9 @@ SMALL: dict[str, Any] = {
 }
 
 
+YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+
+
 def published(name: str) -> dict[str, Any]:
     return json.loads((CONFIGS / f"{name}.json").read_text())
 
@@ -177,6 +180,8 @@ def test_projections_through_a_low_rank_are_cut_along_their_rows_and_norms_are_w
         ({"topk_method": "greedy"}, "topk_method='greedy' is not supported"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05 is not supported: transformers takes 1e-6"),
         ({"num_experts_per_tok": 3}, "num_experts_per_tok=3 with topk_group=1 is not supported"),
+        ({"rope_scaling": YARN | {"mscale": "1"}}, "rope_type='yarn' with mscale='1'; it must be a number > 0"),
+        ({"rope_scaling": YARN | {"factor": 0}}, "rope_type='yarn' with factor=0; it must be a number > 0"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear' is not supported; only unscaled"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type='yarn' with original_max_position_embeddings=N"),
         ({"kv_lora_rank": None}, 'lacks "kv_lora_rank"'),

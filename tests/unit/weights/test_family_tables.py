@@ -44,7 +44,7 @@ def test_the_table_names_exactly_the_tensors_that_transformers_writes(family: st
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_comes_back_from_its_shards(family: str) -> None:
-    rules, layout = find_family(config_of(family)), ParallelLayout(tensor=2, expert_tensor=2)
+    rules, layout = find_family(config_of(family)), ParallelLayout(tensor=2, data=2, expert=2, expert_tensor=2)
     generator = torch.Generator().manual_seed(0)
     for spec in rules.specs(rules.fields(config_of(family))):
         tensors = [torch.randn(shape, generator=generator) for shape in spec.hf_shapes]
@@ -73,6 +73,17 @@ def test_every_tensor_comes_back_from_its_shards(family: str) -> None:
         ("glm4_moe", {"n_group": 4, "topk_group": 2}, "num_experts_per_tok=2 with topk_group=2 is not supported: Meg"),
         ("glm4_moe", {"n_group": 3, "num_experts_per_tok": 2}, "n_group=3 must divide the number of experts, 8"),
         ("glm4_moe", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported"),
+        (
+            "gpt_oss",
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            "quant_method='mxfp4' is not supported: weights",
+        ),
+        ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha=1.5 is not supported: the activation is Megatron-Core's"),
+        ("gpt_oss", {"attention_bias": False}, "attention_bias=False is not supported"),
+        ("gpt_oss", {"layer_types": ["full_attention"]}, "must name full_attention or sliding_attention for each of 4"),
+        ("gpt_oss", {"layer_types": ["chunked_attention"] * 4}, "must name full_attention or sliding_attention"),
+        ("gpt_oss", {"sliding_window": None}, "sliding_window=None must be a positive integer"),
+        ("gpt_oss", {"num_experts_per_tok": 1}, "its router never trained"),
         ("mixtral", {"rope_scaling": {"type": "llama3", "factor": 4.0}}, "rope_type='llama3' is not supported"),
     ],
 )
