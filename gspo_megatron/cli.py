@@ -302,7 +302,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "slurm": Command(
         f"slurm {_CONFIG_USAGE} --nodes N [OPTION …] [--dry-run | --output FILE | --submit]",
-        "Make a SLURM job of a train or sft config that saves before its time limit and comes back",
+        "Make a SLURM job of a train config that saves before its time limit and comes back",
         _run_slurm,
     ),
     "report": Command(

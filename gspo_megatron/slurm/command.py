@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gspo_megatron import config_io
-from gspo_megatron.config import SftConfig, TrainConfig
+from gspo_megatron.config import TrainConfig
 from gspo_megatron.errors import UserError
 from gspo_megatron.slurm.plan import JobPlan, Run, plan_job
 from gspo_megatron.slurm.request import Arguments, parse, read_array
@@ -83,22 +83,19 @@ def _check(run: Run) -> list[str]:
     """What is doubtful about a run; raises UserError for what can't work on any machine."""
     from gspo_megatron import preflight
 
-    config = run.config
-    if not (Path(config.model.path) / "config.json").is_file():
-        return [f"model.path={config.model.path} is not on this machine: the layout was not held against the model"]
+    model = run.config.model.path
+    if not (Path(model) / "config.json").is_file():
+        return [f"model.path={model} is not on this machine: the layout was not held against the model"]
     # A run that is there already is gone on with.
-    if isinstance(config, TrainConfig):
-        return preflight.check_train(config, folder=False, here=False).warnings
-    return preflight.check_sft(config, folder=False, here=False).warnings
+    return preflight.check_train(run.config, folder=False, here=False).warnings
 
 
 def _load(path: Path, overrides: Sequence[str]) -> Run:
-    is_sft = "sft" in config_io.read_toml(path) or any(token.startswith("--sft.") for token in overrides)
-    config: TrainConfig | SftConfig
-    if is_sft:
-        config = config_io.load_config(SftConfig, path, overrides)
-    else:
-        config = config_io.load_config(TrainConfig, path, overrides)
+    if "sft" in config_io.read_toml(path):
+        raise UserError(f"{path} is a config of sft, which can't be resumed; slurm makes jobs of train")
+    config = config_io.load_config(TrainConfig, path, overrides)
+    # As the job will run it: what does not go with it is refused now.
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True))
     return Run(path, tuple(overrides), config)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gspo_megatron.config import SftConfig, TrainConfig
+from gspo_megatron.config import TrainConfig
 from gspo_megatron.errors import UserError
 from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.slurm.request import JobRequest
@@ -20,11 +20,7 @@ class Run:
 
     config_file: Path
     overrides: tuple[str, ...]
-    config: TrainConfig | SftConfig
-
-    @property
-    def command(self) -> str:
-        return "train" if isinstance(self.config, TrainConfig) else "sft"
+    config: TrainConfig
 
 
 @dataclass(frozen=True)
@@ -182,13 +178,19 @@ def _remedies(layout: ParallelLayout, nodes: int, free: int, reserved: int) -> l
 
 
 def _warnings(run: Run, trainers: Component) -> list[str]:
+    found = []
     tensor = run.config.parallel.tensor
     if tensor > trainers.tasks_per_node or trainers.tasks_per_node % tensor:
-        return [
+        found.append(
             f"parallel.tensor={tensor} spreads over nodes of {_count(trainers.tasks_per_node, 'rank')}: each layer "
             "waits for the network between them; use a degree that divides the ranks of a node"
-        ]
-    return []
+        )
+    if run.config.checkpoint.every == 0:
+        found.append(
+            "checkpoint.every=0 saves only when the job is told to: a node that fails takes along all since "
+            "then; set it to some rollout batches"
+        )
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,8 +217,6 @@ def _plan_servers(run: Run, request: JobRequest) -> Servers | None:
         return None
     if request.server_nodes == 0 and request.nodes == 1:
         return None
-    if isinstance(run.config, SftConfig):
-        raise UserError('servers on several nodes are started by `serve`, which sft can\'t use; use engine "embedded"')
     if not sglang.api_key_file:
         raise UserError(
             "servers that other nodes reach need a key, and none may be in the script: make a file with "

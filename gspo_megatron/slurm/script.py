@@ -18,7 +18,6 @@ TEMPLATE = "job.sbatch.jinja"
 class _ScriptRun:
     """A run's words in the script, quoted for bash."""
 
-    command: str
     config: str  # file and overrides
     folder: str
 
@@ -52,9 +51,7 @@ def render(plan: JobPlan, *, command: Sequence[str]) -> str:
 
 
 def _script_run(run: Run) -> _ScriptRun:
-    return _ScriptRun(
-        run.command, shlex.join([str(run.config_file), *run.overrides]), shlex.quote(run.config.run.folder)
-    )
+    return _ScriptRun(shlex.join([str(run.config_file), *run.overrides]), shlex.quote(run.config.run.folder))
 
 
 def _directives(plan: JobPlan) -> list[list[str]]:

@@ -54,7 +54,7 @@ def test_a_dry_run_prints_script_and_plan_apart(config: Path, capsys: pytest.Cap
     assert out.startswith(
         "#!/bin/bash\n# Made by: python -m gspo_megatron slurm train.toml --nodes 1 --gpus-per-node 1\n"
     )
-    assert "run=(train train.toml)\n" in out and out.endswith("SLURM ends a job that it has requeued\n")
+    assert "run=(train.toml)\n" in out and out.endswith("SLURM ends a job that it has requeued\n")
     assert err.splitlines()[1].startswith("trainer    1 node, 1 rank on each, one a GPU")
     assert main(["slurm", str(config), *ONE_NODE]) == 0
     assert capsys.readouterr().out == out
@@ -110,6 +110,8 @@ def test_no_sbatch_here(config: Path, capsys: pytest.CaptureFixture[str], monkey
     ("arguments", "expected"),
     [
         (["missing.toml", *ONE_NODE], "config file missing.toml does not exist"),
+        (["sft.toml", *ONE_NODE], "sft.toml is a config of sft, which can't be resumed"),
+        (["train.toml", *ONE_NODE, "--run.overwrite"], "run.resume=true keeps the run in the folder"),
         (["train.toml", *ONE_NODE, "--run.sead", "1"], 'unknown option "--run.sead"'),
         (["train.toml", *ONE_NODE, "--parallel.data", "2"], "use --nodes 2 or --gpus-per-node 2 or --parallel.data 1"),
         # What no machine could run is refused; what only this one lacks is not.
@@ -122,6 +124,7 @@ def test_no_sbatch_here(config: Path, capsys: pytest.CaptureFixture[str], monkey
     ],
 )
 def test_what_is_refused(config: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
+    Path("sft.toml").write_text("[sft]\n")
     Path("runs.txt").write_text("--run.folder a\n--run.folder b --run.seed -1\n")
     Path("model.txt").write_text("--rollout.max_response_tokens 999\n")
     assert expected in refusal(capsys, *arguments)
@@ -132,8 +135,8 @@ def test_an_array_takes_its_config_files_from_its_lines(config: Path, capsys: py
     Path("runs.txt").write_text("--run.seed 2\nother.toml\n")
     assert main(["slurm", str(config), *ONE_NODE, "--array", "runs.txt", "--train.rollout_batches", "3"]) == 0
     out = capsys.readouterr().out
-    assert "run=(train train.toml --train.rollout_batches 3 --run.seed 2)\n        folder=runs/x\n" in out
-    assert "run=(train other.toml --train.rollout_batches 3)\n        folder=runs/other\n" in out
+    assert "run=(train.toml --train.rollout_batches 3 --run.seed 2)\n        folder=runs/x\n" in out
+    assert "run=(other.toml --train.rollout_batches 3)\n        folder=runs/other\n" in out
 
 
 def test_a_model_that_is_not_here_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

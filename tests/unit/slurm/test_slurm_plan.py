@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gspo_megatron.config import (
+    CheckpointConfig,
     ModelConfig,
     ParallelConfig,
     RolloutConfig,
@@ -22,7 +23,9 @@ from gspo_megatron.slurm.plan import Component, JobPlan, Run, Servers, plan_job
 from gspo_megatron.slurm.request import JobRequest
 
 
-def run(parallel: dict[str, int], folder: str = "runs/a", engine: str = "embedded", **sglang: Any) -> Run:
+def run(
+    parallel: dict[str, int], folder: str = "runs/a", engine: str = "embedded", saves: int = 1, **sglang: Any
+) -> Run:
     config = TrainConfig(
         run=RunConfig(folder=folder),
         model=ModelConfig(path="unused"),
@@ -30,6 +33,7 @@ def run(parallel: dict[str, int], folder: str = "runs/a", engine: str = "embedde
         parallel=ParallelConfig(**parallel),
         rollout=RolloutConfig(engine=engine),  # type: ignore[arg-type]
         sglang=SGLangConfig(**sglang),
+        checkpoint=CheckpointConfig(every=saves),
     )
     return Run(Path("train.toml"), (), config)
 
@@ -90,6 +94,11 @@ def test_tensor_parallelism_over_nodes_is_warned_about() -> None:
     [warning] = plan(run({"tensor": 16}), JobRequest(nodes=2)).warnings
     assert warning.startswith("parallel.tensor=16 spreads over nodes of 8 ranks")
     assert plan(run({"tensor": 8, "data": 2}), JobRequest(nodes=2)).warnings == ()
+
+
+def test_a_run_that_saves_only_when_it_is_told_to_is_warned_about() -> None:
+    [warning] = plan(run(TP4_DP8, saves=0), JobRequest(nodes=4)).warnings
+    assert warning.startswith("checkpoint.every=0 saves only when the job is told to")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.config import SftConfig, TrainConfig
+from gspo_megatron.config import TrainConfig
 from gspo_megatron.config_io import load_config
 from gspo_megatron.slurm.plan import Run, plan_job
 from gspo_megatron.slurm.request import JobRequest
@@ -307,9 +307,3 @@ def test_options_become_directives_in_a_fixed_order() -> None:
         "#SBATCH --account=a",
         "#SBATCH --exclusive",
     ]
-
-
-def test_a_cold_start_is_a_job_too() -> None:
-    path = Path("examples/quickstart/sft.toml")
-    run = Run(path, (), load_config(SftConfig, path))
-    assert f"run=(sft {path})" in render(plan_job([run], CPU), command=COMMAND)
