@@ -15,6 +15,7 @@ from gspo_megatron.preflight.describe import (
     describe_batch,
     describe_common,
     describe_eval,
+    describe_memory,
     describe_packing,
     describe_replicas,
     every,
@@ -68,6 +69,7 @@ def check_train(config: TrainConfig, *, folder: bool = True, here: bool = True) 
         *describe_algorithm(algorithm),
         *describe_batch(config, algorithm),
         describe_packing(config),
+        describe_memory(config, read_model(config.model.path)[0], fields, reference=bool(algorithm.kl_coefficient)),
         ("folder", config.run.folder),
     ]
     return Preflight(rows, [*warnings, *_unread_settings(config, here=here)])
@@ -108,6 +110,7 @@ def check_sft(config: SftConfig, *, folder: bool = True, here: bool = True) -> P
         ("length", f"{config.sft.steps} optimizer steps{stop}"),
         describe_eval(config, "after" + every(config.eval.every, "steps")),
         describe_packing(config),
+        describe_memory(config, read_model(config.model.path)[0], fields),
         ("folder", config.run.folder),
     ]
     return Preflight(rows, _unread_settings(config, here=here))

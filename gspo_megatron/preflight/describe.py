@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
+from gspo_megatron import memory_estimate
 from gspo_megatron.config import AlgorithmConfig, SftConfig, TrainConfig
+from gspo_megatron.device import DTYPES
 from gspo_megatron.preflight.engine import describe_engine
 
 if TYPE_CHECKING:
-    from gspo_megatron.weights.families import ModelFields
+    from gspo_megatron.weights.families import Family, ModelFields
 
 
 def describe_common(config: TrainConfig | SftConfig, fields: ModelFields) -> list[tuple[str, str]]:
@@ -87,3 +90,27 @@ def describe_packing(config: TrainConfig | SftConfig) -> tuple[str, str]:
         f"at most {config.data.token_budget} tokens a micro-batch; "
         f"responses of at most {config.rollout.max_response_tokens} tokens",
     )
+
+
+def describe_memory(
+    config: TrainConfig | SftConfig, family: Family, fields: ModelFields, *, reference: bool = False
+) -> tuple[str, str]:
+    """The estimate for the fullest pipeline rank; `memory_estimate` says what it counts."""
+    largest = max(memory_estimate.estimate(config, family, fields, reference=reference), key=lambda m: m.total)
+    parts = [f"{name} {_size(value)}" for name, value in dataclasses.asdict(largest).items() if value]
+    text = f"about {_size(largest.total)} a rank while training: {', '.join(parts)}"
+    sglang = config.sglang
+    if config.rollout.engine == "sglang" and not sglang.server_addresses:
+        dtype = config.model.dtype if sglang.dtype == "auto" else sglang.dtype
+        weights = sum(s.numel for s in family.specs(fields) if not s.load_only) * DTYPES[dtype].itemsize
+        text += f"; a server's weights take {_size(weights / sglang.tensor)} of each of its GPUs"
+        text += ", not while the policy trains" if sglang.colocate else ""
+    return "memory", text
+
+
+def _size(number: float) -> str:
+    """Bytes as '1.2 GB' (10⁹ bytes)."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if number >= unit:
+            return f"{number / unit:.1f} {name}"
+    return f"{number / 1e3:.1f} kB"

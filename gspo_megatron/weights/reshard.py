@@ -229,7 +229,7 @@ def plan_reshard(
     A shard comes from the sender itself if it holds it, else from the owner that has given least so far.
     """
     exported = tuple(s for s in specs if not s.load_only)
-    shapes = _shard_shapes(exported, layout)
+    shapes = shard_shapes(exported, layout)
     dtypes = [s.dtype or dtype for s in exported]
     sizes = [s.numel * d.itemsize for s, d in zip(exported, dtypes, strict=True)]
     stages = [s.pipeline_stage(layout, num_layers) for s in exported]
@@ -380,7 +380,7 @@ def _queue(
     return queue
 
 
-def _shard_shapes(specs: Iterable[TensorSpec], layout: ParallelLayout) -> tuple[torch.Size, ...]:
+def shard_shapes(specs: Iterable[TensorSpec], layout: ParallelLayout) -> tuple[torch.Size, ...]:
     """Shapes of the parameters on a rank, from shards cut out of empty HF tensors."""
     known: dict[tuple[object, ...], torch.Size] = {}  # thousands of specs, a dozen shapes
     shapes = []

@@ -1,7 +1,7 @@
 """A real SLURM on this machine for tests: munged, slurmctld and one slurmd a node, on loopback, in a folder of its own.
 
-Nodes are slurmd processes with names that resolve nowhere, as where only SLURM knows its nodes, at 127.0.0.1,
-127.0.0.2 and so on. CPUs are overstated. tools/setup_slurm.sh installs the programs.
+Nodes are slurmd processes with names that resolve nowhere, as where only SLURM knows its nodes; all have the address
+127.0.0.1. CPUs are overstated. tools/setup_slurm.sh installs the programs.
 """
 
 from __future__ import annotations
@@ -109,15 +109,14 @@ class SlurmCluster:
                 daemon.wait()
 
     def _write_config(self) -> None:
-        hosts = ["127.0.0.1", *(f"127.0.0.{i}" for i in range(1, len(self.nodes) + 1))]
-        free = [socket.create_server((host, 0)) for host in hosts]
+        free = [socket.create_server(("127.0.0.1", 0)) for _ in range(len(self.nodes) + 1)]
         ports = [listener.getsockname()[1] for listener in free]
         for listener in free:
             listener.close()
         host = socket.gethostname().partition(".")[0]
         nodes = [
-            f"NodeName={node} NodeAddr={address} NodeHostname={host} Port={port} CPUs={CPUS} RealMemory=4000"
-            for node, address, port in zip(self.nodes, hosts[1:], ports[1:], strict=True)
+            f"NodeName={node} NodeAddr=127.0.0.1 NodeHostname={host} Port={port} CPUs={CPUS} RealMemory=4000"
+            for node, port in zip(self.nodes, ports[1:], strict=True)
         ]
         text = CONFIG.format(port=ports[0], user=getpass.getuser(), root=self.root, nodes="\n".join(nodes))
         (self.root / "slurm.conf").write_text(text)
