@@ -104,5 +104,4 @@ def test_activations(
     made = config(folders[kind], layout, "float32", True, recompute, measured[0]["tokens"])
     [stage] = estimate(made, *load_fields(folders[kind]))
     mean = sum(m["activations"] for m in measured) / len(measured)
-    print(kind, layout, recompute, mean, stage.activations)
     assert stage.activations == pytest.approx(mean, rel=0.2)

@@ -154,13 +154,14 @@ def test_a_job_that_is_told_to_save_comes_back_and_finishes(cluster: SlurmCluste
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_time_limit_s_signal_comes_before_it_and_nothing_is_lost(cluster: SlurmCluster, tmp_path: Path) -> None:
-    """A limit of one minute, told 20 s before, again and again until the run is through, on both nodes."""
-    job = Job(cluster, tmp_path, "--nodes", "2", batches=500)
+    """A limit of one minute, told 20 to 50 s before, again and again until the run is through, on both nodes."""
+    job = Job(cluster, tmp_path, "--nodes", "2", batches=400)
     job.submit("--time=1", "--signal=B:USR1@20")
-    assert cluster.wait(job.id, limit_s=500) == "COMPLETED", job.said()
+    assert cluster.wait(job.id, limit_s=1200) == "COMPLETED", job.said()
     assert len(job.starts()) >= 2, job.said()
-    check_steps(job, 500)
+    check_steps(job, 400)
     alone = tmp_path / "alone"
     command = ["train", "train.toml", "--run.folder", str(alone)]
     subprocess.run([sys.executable, "-m", "gspo_megatron", *command], cwd=tmp_path, check=True, timeout=300,
