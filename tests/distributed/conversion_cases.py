@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import queue
 import shutil
@@ -18,8 +19,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from gspo_megatron.config import ModelConfig, OptimizerConfig
+from gspo_megatron.policy.chunks import write_chunks, write_metadata
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.weights.torch_dist.description import HF_FOLDER, Description, write_description
+from gspo_megatron.weights.torch_dist.reader import FORMAT, FORMAT_CONTENT
 from tests.distributed.cases import join
 
 
@@ -53,30 +56,58 @@ def _on_cpu() -> Iterator[None]:
         filesystem_async._results_queue = None
 
 
-def save(layout: dict[str, int], folder: str, out: str, dtype: str) -> None:
-    """Load an HF folder and save it by Megatron."""
-    policy = _policy(layout, folder, "weights")
-    target = Path(out)
+def _describe(policy: MegatronPolicy, folder: str, target: Path, dtype: str) -> None:
+    """At rank 0, what lies beside the tensors."""
     if policy.groups.rank == 0:
         (target / HF_FOLDER).mkdir(parents=True)
         shutil.copy(Path(folder) / "config.json", target / HF_FOLDER)
         description = Description(policy.family.model_type, 3, dtype, ("model",), asdict(policy.groups.layout))
         write_description(target, description)
     dist.barrier()
+
+
+def save(layout: dict[str, int], folder: str, out: str, dtype: str) -> None:
+    """Load an HF folder and save it by Megatron."""
+    policy = _policy(layout, folder, "weights")
+    _describe(policy, folder, Path(out), dtype)
     with _on_cpu():
-        dist_checkpointing.save(_state(policy), str(target))
+        dist_checkpointing.save(_state(policy), out)
+
+
+def save_training(layout: dict[str, int], folder: str, out: str, dtype: str) -> None:
+    """Load an HF folder and save it as training saves its checkpoints, with the optimizer's state."""
+    policy, target = _policy(layout, folder, "weights"), Path(out)
+    _describe(policy, folder, target, dtype)
+    snapshot = policy.snapshot()
+    entries, _ = write_chunks(target / f"__{policy.groups.rank}_0.distcp", snapshot.chunks, snapshot.objects)
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, entries)
+    if policy.groups.rank == 0:
+        write_metadata(target, [entry for part in parts for entry in part])
+        (target / FORMAT).write_text(json.dumps(FORMAT_CONTENT))
+    dist.barrier()
 
 
 def load(layout: dict[str, int], folder: str, checkpoint: str) -> list[str]:
-    """Names of tensors that differ between a strict load by Megatron and `policy.weights.load` of the HF folder."""
+    """Names of tensors that differ from what `policy.weights.load` of the HF folder gives, after a strict load by
+    Megatron and after one by the trainer's own reader."""
     policy = _policy(layout, folder, "weights")
-    expected = {name: slot.tensor.clone() for name, slot in policy.weights.slots.items()}
-    for slot in policy.weights.slots.values():
-        slot.tensor.fill_(torch.nan)
+    slots = policy.weights.slots
+    assert slots
+    expected = {name: slot.tensor.clone() for name, slot in slots.items()}
+
+    def differing(reader: str) -> list[str]:
+        found = [f"{reader}: {name}" for name, slot in slots.items() if not torch.equal(slot.tensor, expected[name])]
+        for slot in slots.values():
+            slot.tensor.fill_(torch.nan)
+        return found
+
+    assert not differing("none")
     with _on_cpu():
         loaded = dist_checkpointing.load(_state(policy), checkpoint, strict=StrictHandling.RAISE_ALL)
     for i, chunk in enumerate(policy.chunks):
         prefix = f"chunk{i}."
         chunk.module.load_state_dict({k.removeprefix(prefix): v for k, v in loaded.items() if k.startswith(prefix)})
-    assert policy.weights.slots
-    return [name for name, slot in policy.weights.slots.items() if not torch.equal(slot.tensor, expected[name])]
+    found = differing("Megatron's")
+    policy.restore(Path(checkpoint), {"optimizer_steps": 0, "schedule_steps": 0}, weights_only=True)
+    return found + differing("the trainer's")
