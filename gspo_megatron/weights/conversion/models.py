@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,8 +216,7 @@ def open_model(folder: Path) -> HFModel | TorchDistModel:
     if (folder / INDEX).exists() or (folder / SINGLE).exists() or (folder / "config.json").exists():
         return HFModel(folder)
     raise UserError(
-        f"{folder} is neither a Hugging Face model ({SINGLE} or {INDEX}) nor a torch_dist checkpoint ({DESCRIPTION}); "
-        + json.dumps(sorted(p.name for p in folder.iterdir())[:8])
+        f"{folder} is neither a Hugging Face model ({SINGLE} or {INDEX}) nor a torch_dist checkpoint ({DESCRIPTION})"
     )
 
 

@@ -119,6 +119,23 @@ def test_a_tied_head_that_is_stored_is_stored_again(tmp_path: Path) -> None:
         to_megatron(source, tmp_path / "other")
 
 
+def test_layers_that_predict_further_tokens_are_left_out_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = family_config("deepseek_v3")
+    source = write_hf(tmp_path / "hf", config)
+    expected = load_file(source / "model.safetensors")
+    further = f"model.layers.{config['num_hidden_layers']}.eh_proj.weight"
+    save_file(expected | {further: torch.ones(3, 3)}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    assert convert_checkpoint.main(["import", str(source), str(tmp_path / "dist")]) == 0
+    assert f"left out, for no rule has a place for them: 1 tensors ({further}" in capsys.readouterr().out
+    assert convert_checkpoint.main(["verify", str(source), str(tmp_path / "dist")]) == 0
+    assert f"not compared, for they belong to no rule: 1 tensors ({further}" in capsys.readouterr().out
+    back = load_file(to_hf(tmp_path / "dist", tmp_path / "back") / "model.safetensors")
+    assert back.keys() == expected.keys() and all(torch.equal(back[name], expected[name]) for name in expected)
+
+
 # --- dtypes ------------------------------------------------------------------------------------------------------
 
 
@@ -570,6 +587,20 @@ def test_the_commands_and_their_exit_codes(run: Callable[..., Result], source: P
     found = json.loads(run("inspect", dist, "--json")[1])
     assert found["format"] == "torch_dist" and found["step"] == 0
     assert {"name": "decoder.final_layernorm.weight", "shape": [16], "dtype": "float32", "parts": 1} in found["tensors"]
+
+
+def test_a_disk_that_fills_is_no_fault_of_the_input(
+    run: Callable[..., Result], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        code, _, error = run("import", source, tmp_path / "dist")
+    assert code == 1 and error.endswith("No space left on device\n") and "Traceback" not in error
+    assert not (tmp_path / "dist").exists()
+    assert run("import", source, tmp_path / "dist")[0] == 0
 
 
 @pytest.mark.parametrize(
