@@ -3,6 +3,7 @@ experts one after the other; see tests/distributed/test_families.py."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from gspo_megatron.parallel import ParallelLayout
 from tests.distributed import family_models
 from tests.distributed.conftest import ranks  # noqa: F401
+from tests.distributed.test_checkpoint import check_there_and_back, save
 from tests.distributed.test_families import TENSOR_EXPERT, Ranks, Reference, check, reference  # noqa: F401
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -58,6 +60,23 @@ def test_recomputed_layers(
     ranks: Ranks,  # noqa: F811
 ) -> None:
     check(reference(family), TENSOR_EXPERT, ranks, memory={"recompute": recompute})
+
+
+@pytest.mark.parametrize("layout", [TENSOR_EXPERT, {"pipeline": 2}], ids=lambda x: ParallelLayout(**x).describe())
+@pytest.mark.parametrize("family", family_models.CONFIGS)
+def test_another_layout_loads_a_training_checkpoint(
+    family: str,
+    layout: dict[str, int],
+    reference: Reference,  # noqa: F811
+    ranks: Ranks,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """One rank's, optimizer state included, through the layout and back."""
+    if family == "qwen3":
+        layout = {name: degree for name, degree in layout.items() if name != "expert"}
+    folder, saved = reference(family)["folder"], tmp_path / "saved"
+    known = save(ranks, {}, folder, saved)
+    check_there_and_back(layout, folder, (saved, known), tmp_path, ranks)
 
 
 @pytest.mark.parametrize("family", [f for f in family_models.CONFIGS if f != "qwen3"])
