@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async, state_dict_saver
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -195,6 +196,42 @@ def activation() -> dict[str, Tensor]:
         fill(module, weights)
         results[name] = run(module, [40, 24], inputs)["output"]
     return results
+
+
+CLAMPED: dict[str, Any] = {
+    "add_bias_linear": True,
+    "activation_func": quick_gelu,
+    "glu_linear_offset": 1.0,
+    "activation_func_clamp_value": 0.5,  # reached by many
+}
+
+
+def with_biases(counts: list[int], **changes: Any) -> dict[str, dict[str, Tensor]]:
+    """gpt-oss's experts, and the same by a plain loop in float64."""
+    module, inputs = (
+        make_grouped(make_config(torch.float32, **CLAMPED, **changes)),
+        make_inputs(sum(counts), torch.float32),
+    )
+    weights = make_weights(EXPERTS, FFN, torch.float32)
+    generator = torch.Generator().manual_seed(6)
+    biases = [torch.randn(EXPERTS, size, generator=generator) for size in (2 * FFN, HIDDEN)]
+    fill(module, weights)
+    with torch.no_grad():
+        module.bias1.copy_(biases[0])
+        module.bias2.copy_(biases[1])
+    found = run(module, counts, inputs)
+    found |= {name: getattr(module, name).grad for name in ("bias1", "bias2")}
+    w1, w2, b1, b2, x, p = (t.double().requires_grad_() for t in (*weights, *biases, inputs.hidden, inputs.probs))
+    rows, expert = [], torch.arange(EXPERTS).repeat_interleave(torch.tensor(counts))
+    for token, e in enumerate(expert.tolist()):
+        gate, up = (w1[e] @ x[token] + b1[e]).chunk(2)
+        gate, up = gate.clamp(max=0.5), up.clamp(-0.5, 0.5)
+        rows.append(p[token] * (w2[e] @ (gate * torch.sigmoid(1.702 * gate) * (up + 1)) + b2[e]))
+    output = torch.stack(rows) if rows else x * 0
+    total = (output * inputs.upstream.double()).sum() + sum((t * 0).sum() for t in (w1, w2, b1, b2, x, p))
+    grads = torch.autograd.grad(total, (w1, w2, b1, b2, x, p))
+    names = ("weight1", "weight2", "bias1", "bias2", "hidden", "probs")
+    return {"found": found, "definition": {"output": output.detach(), **dict(zip(names, grads, strict=True))}}
 
 
 def moe_layer(dtype: torch.dtype, dispatcher: str) -> dict[str, Any]:

@@ -97,6 +97,18 @@ def test_a_rank_without_tokens_gives_every_weight_a_zero_gradient(
     assert found["weight2"].shape == (EXPERTS, HIDDEN, FFN) and not found["weight2"].any()
 
 
+@pytest.mark.parametrize("changes", [{}, {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_biases_and_a_clamped_activation(pool: ProcessPoolExecutor, counts: list[int], changes: dict[str, Any]) -> None:
+    if changes:
+        changes = changes | {"moe_grouped_gemm": True}
+    found = result(pool, cases.with_biases, counts=counts, **changes)
+    assert found["found"].keys() == found["definition"].keys()
+    for name, expected in found["definition"].items():
+        assert bool(expected.any()) is (sum(counts) > 0), name
+        assert relative(found["found"][name], expected) <= FP32, name
+
+
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_a_moe_layer(pool: ProcessPoolExecutor, dtype: torch.dtype, dispatcher: str) -> None:
