@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -40,6 +41,32 @@ def test_the_table_names_exactly_the_tensors_that_transformers_writes(family: st
         written = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     assert expected == written
     HFCheckpoint(tmp_path).verify(rules.specs(fields), left_out=fields.left_out)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "published"),
+    [
+        ("mixtral", {}, 46_702_792_704),  # 8x7B
+        ("qwen2_moe", {}, 14_315_784_192),  # Qwen1.5-MoE-A2.7B
+        ("olmoe", {"intermediate_size": 1024}, 6_919_161_856),  # OLMoE-1B-7B
+        ("gpt_oss", {}, 116_829_156_672),  # gpt-oss-120b
+        ("glm4_moe", {}, None),
+    ],
+)
+def test_models_of_published_size_have_as_many_parameters_as_transformers(
+    family: str, changes: dict[str, Any], published: int | None
+) -> None:
+    """transformers' default configurations, without memory."""
+    model_class = getattr(transformers, family_models.CLASSES[family])
+    config = model_class.config_class(**changes)
+    with torch.device("meta"):
+        model = model_class(config)
+    buffers = [b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    theirs = sum(t.numel() for t in [*model.parameters(), *buffers])
+    given = json.loads(config.to_json_string()) | {"model_type": family}
+    rules = find_family(given)
+    ours = sum(spec.numel for spec in rules.specs(rules.fields(given)) if not spec.load_only)
+    assert ours == theirs == (published or theirs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
