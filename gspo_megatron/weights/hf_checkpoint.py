@@ -27,12 +27,14 @@ COMPANIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
 )
 
 SCALE = "_scale_inv"  # behind a weight's name: that of its scales

@@ -97,6 +97,8 @@ def execute(conversion: Conversion, target: Path, *, overwrite: bool = False, th
     """
     check_target(target, conversion.source, overwrite=overwrite)
     partial = partial_folder(target)
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise UserError(f"{partial}, where the result would be written, is no folder; remove it")
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
         manifest = _Manifest(partial, conversion.identity)
@@ -106,9 +108,10 @@ def execute(conversion: Conversion, target: Path, *, overwrite: bool = False, th
         _check_space(partial, sum(conversion.files[i].nbytes for i in rest))
         _run(lambda i: _write(conversion, i, partial, manifest, report), rest, threads)
         sums = manifest.read()
-        manifest.path.unlink()
         conversion.finish(partial, sums)
         _sync_small_files(partial, sums)
+        manifest.path.unlink()  # not before: a kill in the lines above costs them alone
+        _sync(partial)
         _replace(partial, target, overwrite=overwrite)
 
 

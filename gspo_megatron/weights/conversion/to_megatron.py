@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gspo_megatron.errors import UserError
-from gspo_megatron.weights.conversion.execute import OutputFile
+from gspo_megatron.weights.conversion.execute import MANIFEST, OutputFile
 from gspo_megatron.weights.conversion.hf_layout import HFLayout, write_layout
 from gspo_megatron.weights.conversion.identity import identity_of, names_of
 from gspo_megatron.weights.conversion.models import EMBEDDING, HEAD, HFModel
@@ -126,7 +126,7 @@ class ToMegatron:
         write_layout(folder, self._layout(folder))
         name = str(self.dtype).removeprefix("torch.")
         write_description(folder, Description(self.model.architecture.family.model_type, 0, name))
-        write_checksums(folder, sums)
+        write_checksums(folder, sums, skip={MANIFEST})
 
     def _adjust_config(self, path: Path) -> None:
         """The config speaks of the weights as they are now; untouched where they are as they were."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -49,12 +49,15 @@ def hash_files(folder: Path, names: Iterable[str], *, threads: int = 2) -> dict[
         return dict(zip(names, pool.map(lambda name: hash_file(folder / name), names), strict=True))
 
 
-def write_checksums(folder: Path, known: Mapping[str, FileSum] | None = None, *, threads: int = 2) -> None:
+def write_checksums(
+    folder: Path, known: Mapping[str, FileSum] | None = None, *, skip: Container[str] = (), threads: int = 2
+) -> None:
     """Write and fsync checksums.json over all files of the folder.
 
-    `known`: files that were hashed already, while they were written, say; only the others are read.
+    `known`: files that were hashed already, while they were written, say; only the others are read. `skip`: files that
+    won't stay.
     """
-    names, sums = list_files(folder), dict(known or {})
+    names, sums = [name for name in list_files(folder) if name not in skip], dict(known or {})
     assert sums.keys() <= set(names), f"hashed, but not there: {sorted(sums.keys() - set(names))}"
     sums |= hash_files(folder, (name for name in names if name not in sums), threads=threads)
     content = {name: asdict(sums[name]) for name in names}

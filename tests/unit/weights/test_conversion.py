@@ -470,6 +470,30 @@ def test_a_conversion_goes_on_with_the_file_it_was_in(source: Path, tmp_path: Pa
     assert MANIFEST not in contents(target) and not partial_folder(target).exists()
 
 
+def test_a_conversion_that_fails_at_the_very_end_keeps_all_files(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "dist"
+    with monkeypatch.context() as patch:
+        patch.setattr(to_megatron_module, "write_description", lambda *_: (_ for _ in ()).throw(Stops))
+        with pytest.raises(Stops):
+            execute(stopping(source, None), target, report=Silent())
+    again = stopping(source, None)
+    execute(again, target, report=Silent())
+    assert again.asked == []
+    assert find_damage(target) == [] and verify(open_model(source), open_model(target)).is_equal
+
+
+def test_the_place_of_the_unfinished_folder_is_no_way_out(source: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("data")
+    partial_folder(tmp_path / "dist").symlink_to(outside)
+    with pytest.raises(UserError, match="where the result would be written, is no folder; remove it"):
+        to_megatron(source, tmp_path / "dist")
+    assert contents(outside) == {"precious": b"data"}
+
+
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "link"])
 def test_a_finished_file_that_was_changed_is_written_again(harm: str, source: Path, tmp_path: Path) -> None:
     target = tmp_path / "dist"
