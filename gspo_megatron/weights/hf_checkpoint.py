@@ -216,6 +216,20 @@ class HFCheckpoint:
         return problems
 
 
+def check_companions(folder: Path) -> None:
+    """Raise UserError where a file that would be copied with the weights is a link to somewhere else."""
+    for name in COMPANIONS:
+        _check_link(folder, name)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Config and tokenizer files, as far as there are any."""
+    check_companions(source)
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
 def _is_name(file: str) -> bool:
     """Whether it can be the name of a file in a folder, rather than a path to elsewhere."""
     return Path(file).name == file and "\0" not in file and len(os.fsencode(file)) <= 255
@@ -278,9 +292,7 @@ def save_hf_folder(
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (partial / INDEX).write_text(json.dumps(index, indent=1))
-    for name in COMPANIONS:
-        if (companions_from / name).is_file():
-            shutil.copy(companions_from / name, partial / name)
+    copy_companions(companions_from, partial)
     _state_dtype(partial / "config.json", dtypes)
     partial.rename(folder)
 

@@ -14,7 +14,7 @@ from gspo_megatron.errors import UserError
 from gspo_megatron.weights.conversion.hf_layout import HFLayout, read_layout
 from gspo_megatron.weights.families import find_family, read_hf_config
 from gspo_megatron.weights.families.base import Family, ModelFields
-from gspo_megatron.weights.hf_checkpoint import INDEX, SINGLE, HFCheckpoint
+from gspo_megatron.weights.hf_checkpoint import INDEX, SINGLE, HFCheckpoint, check_companions
 from gspo_megatron.weights.rules import Copy, TensorSpec, Vocabulary
 from gspo_megatron.weights.torch_dist.checksums import CHECKSUMS, find_damage
 from gspo_megatron.weights.torch_dist.description import DESCRIPTION, HF_FOLDER, Description, read_description
@@ -96,6 +96,7 @@ class HFModel:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        check_companions(folder)
         self.architecture = read_architecture(folder)
         self.config = self.architecture.config
         self.checkpoint = HFCheckpoint(folder)
@@ -127,6 +128,7 @@ class TorchDistModel:
         self.description: Description = read_description(folder)
         if (folder / CHECKSUMS).is_file() and (damage := find_damage(folder, sizes_only=True)):
             raise UserError("; ".join(damage[:5]))
+        check_companions(folder / HF_FOLDER)
         self.architecture = read_architecture(folder / HF_FOLDER)
         self.config = self.architecture.config
         self.checkpoint = TorchDistCheckpoint(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from gspo_megatron.errors import UserError
 from gspo_megatron.weights.conversion.execute import OutputFile
 from gspo_megatron.weights.conversion.identity import identity_of, names_of
 from gspo_megatron.weights.conversion.models import TorchDistModel
-from gspo_megatron.weights.hf_checkpoint import COMPANIONS, INDEX, SINGLE
+from gspo_megatron.weights.hf_checkpoint import INDEX, SINGLE, copy_companions
 from gspo_megatron.weights.safetensors_header import format_header
 from gspo_megatron.weights.torch_dist.checksums import CHECKSUMS, FileSum, hash_file, read_checksums
 from gspo_megatron.weights.torch_dist.description import HF_FOLDER
@@ -138,9 +137,7 @@ class ToHF:
                 self._checked.add(file)
 
     def finish(self, folder: Path, sums: Mapping[str, FileSum]) -> None:
-        for name in COMPANIONS:
-            if (self.source / HF_FOLDER / name).is_file():
-                shutil.copyfile(self.source / HF_FOLDER / name, folder / name)
+        copy_companions(self.source / HF_FOLDER, folder)
         if self.requested is not None:
             self._state_dtype(folder / "config.json")
         if self.index_metadata is not None:

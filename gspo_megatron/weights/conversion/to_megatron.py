@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from gspo_megatron.weights.conversion.execute import MANIFEST, OutputFile
 from gspo_megatron.weights.conversion.hf_layout import HFLayout, write_layout
 from gspo_megatron.weights.conversion.identity import identity_of, names_of
 from gspo_megatron.weights.conversion.models import EMBEDDING, HEAD, HFModel
-from gspo_megatron.weights.hf_checkpoint import COMPANIONS, INDEX
+from gspo_megatron.weights.hf_checkpoint import INDEX, copy_companions
 from gspo_megatron.weights.rules import TensorSpec
 from gspo_megatron.weights.torch_dist.checksums import FileSum, write_checksums
 from gspo_megatron.weights.torch_dist.description import HF_FOLDER, Description, write_description
@@ -119,9 +118,7 @@ class ToMegatron:
     def finish(self, folder: Path, sums: Mapping[str, FileSum]) -> None:
         write_structure(folder, self.distcp, self.table)
         (folder / HF_FOLDER).mkdir()
-        for name in COMPANIONS:
-            if (self.source / name).is_file():
-                shutil.copyfile(self.source / name, folder / HF_FOLDER / name)
+        copy_companions(self.source, folder / HF_FOLDER)
         self._adjust_config(folder / HF_FOLDER / "config.json")
         write_layout(folder, self._layout(folder))
         name = str(self.dtype).removeprefix("torch.")

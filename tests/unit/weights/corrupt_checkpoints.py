@@ -301,6 +301,17 @@ def config_missing(folder: Path, rng: random.Random, marker: Path) -> None:
     (folder / CONFIG).unlink()
 
 
+def companion_link(folder: Path, rng: random.Random, marker: Path) -> None:
+    """A file that is copied with the weights is a link to a secret."""
+    home = folder / "hf" if (folder / "hf").is_dir() else folder
+    secret = folder.parent / f"{folder.name}_secret"
+    secret.write_text((home / CONFIG).read_text())
+    name = rng.choice(["tokenizer.json", "vocab.json", "merges.txt", "generation_config.json", CONFIG])
+    (home / name).unlink(missing_ok=True)
+    (home / name).symlink_to(rng.choice([secret, "/etc/passwd"]))
+    forget_checksums(folder)
+
+
 def edit_config(folder: Path, change: dict[str, Any]) -> None:
     path = folder / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -524,6 +535,7 @@ HARMS: list[tuple[Harm, str, str]] = [
     (missing_shard, "sharded", INDEX), (truncated_shard, "sharded", ""),
     (config_types, "hf", CONFIG), (config_types, "hf", CONFIG), (config_sizes, "hf", ""), (config_keys, "hf", CONFIG),
     (config_model, "hf", ""), (config_text, "hf", CONFIG), (config_missing, "hf", CONFIG), (scales, "scaled", ""),
+    (companion_link, "hf", ""), (companion_link, "dist", "hf"),
     (metadata_runs, "dist", ".metadata"), (metadata_runs, "dist", ".metadata"), (metadata_bytes, "dist", ".metadata"),
     (metadata_bytes, "dist", ".metadata"), (metadata_paths, "dist", ""), (metadata_paths, "dist", ""),
     (metadata_boxes, "dist", ""), (metadata_boxes, "dist", ""), (metadata_missing, "dist", ".metadata"),
