@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import sys
@@ -54,6 +55,7 @@ def field_help(section: type) -> dict[str, str]:
     return texts
 
 
+@functools.cache
 def _own_field_help(section: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
     assert isinstance(body, ast.ClassDef)

@@ -107,7 +107,8 @@ def plan_job(runs: Sequence[Run], request: JobRequest, *, is_array: bool = False
     if request.server_nodes:
         assert servers is not None
         gpus = request.gpus_per_node if request.server_gpus_per_node is None else request.server_gpus_per_node
-        apart = Component(request.server_nodes, 1, gpus, 0, request.server_partition or request.partition)
+        cores = request.cpus_per_rank * max(1, gpus)  # a server's GPU gets as many as a rank
+        apart = Component(request.server_nodes, 1, gpus, cores, request.server_partition or request.partition)
     else:
         apart = None
     name = request.job_name or Path(runs[0].config.run.folder).name

@@ -215,8 +215,7 @@ def test_a_node_that_goes_away_costs_what_was_not_saved(cluster: SlurmCluster, t
     job.submit()
     job.wait_for_rows(20)
     cluster.run("scontrol", "update", "nodename=gspo2", "state=down", "reason=test")
-    cluster.wait(job.id, {"PENDING"})
-    cluster.run("scontrol", "update", "nodename=gspo2", "state=resume")
+    # The node registers again by itself.
     assert job.wait() == "COMPLETED", job.said()
     assert job.starts() == ["restart_0", "restart_1"]
     check_steps(job, 60)
@@ -258,6 +257,33 @@ def test_a_heterogeneous_job_with_sglang_servers(cluster: SlurmCluster, tmp_path
         assert ":31877, ready after" in served and served.rstrip().endswith("stopped"), served
     assert all(row["engine"] == "sglang" for row in job.rows()[1:])
     job.wait_gone()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_documentation(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Every block of docs/slurm.md, as a user types them; what it submits starts, and trains."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    environment = cluster.environment | {"PATH": f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"}
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "slurm.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        done = subprocess.run(
+            ["bash", "-e", "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        if "sbatch job.sbatch" not in block:
+            continue
+        found = re.search(r"Submitted batch job (\d+)", done.stdout)
+        assert found is not None, done.stdout
+        job = Job(cluster, tmp_path)
+        job.id = found[1]
+        job.wait_for_rows(2, "runs/slurm")
+        cluster.run("scancel", job.id)
+        assert job.wait() == "CANCELLED"
+    ids = {line.split("_")[0] for line in cluster.run("squeue", "--noheader", "--array", "--format=%i").split()}
+    assert len(ids) == 1  # the array
+    cluster.run("scancel", *ids)
+    assert (tmp_path / "gspo_key").stat().st_mode & 0o077 == 0
 
 
 def test_scripts_are_clean_to_shellcheck(tmp_path: Path) -> None:

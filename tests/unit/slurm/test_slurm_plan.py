@@ -121,6 +121,8 @@ def test_servers_on_nodes_of_their_own() -> None:
     made = plan(served(TP4_DP8, tensor=2, port=31000), request)
     assert made.servers == Servers(nodes=2, per_node=2, port=31000, apart=True)
     assert made.server_component == Component(2, 1, 4, 0, "b")
+    cores = plan(served(TP4_DP8, tensor=2, port=31000), replace(request, cpus_per_rank=12)).server_component
+    assert cores == Component(2, 1, 4, 48, "b")
     assert "2 nodes × 2 of TP2 on nodes of their own, from port 31000" in made.describe()
     assert plan(served(TP4_DP8, tensor=8), replace(request, server_gpus_per_node=8)).servers == Servers(
         2, 1, 30000, apart=True
