@@ -144,31 +144,33 @@ RECOMPUTATION: dict[str, dict[str, Any]] = {
 }
 
 
+def _expert_settings(fields: ModelFields) -> dict[str, Any]:
+    return {
+        "num_moe_experts": fields.num_experts,
+        "moe_router_topk": fields.experts_per_token,
+        "moe_ffn_hidden_size": fields.expert_ffn_hidden_size,
+        "moe_layer_freq": [int(i in fields.moe_layers) for i in range(fields.num_layers)],
+        "moe_router_pre_softmax": fields.router_pre_softmax,
+        "moe_router_score_function": fields.router_score,
+        "moe_router_enable_expert_bias": fields.router_selection_bias,
+        "moe_router_bias_update_rate": 0.0,  # the selection bias stays what the checkpoint says
+        "moe_router_num_groups": fields.router_groups,
+        "moe_router_group_topk": fields.router_groups_chosen,
+        "moe_router_topk_scaling_factor": fields.router_scale,
+        "moe_shared_expert_intermediate_size": fields.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": fields.shared_expert_gate,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": False,
+    }
+
+
 def transformer_config(
     fields: ModelFields, layout: ParallelLayout, model: ModelConfig, memory: MemoryConfig
 ) -> TransformerConfig:
     """Megatron's configuration of the model."""
     dtype = DTYPES[model.dtype]
-    moe: dict[str, Any] = {}
-    if fields.num_experts is not None:
-        moe = {
-            "num_moe_experts": fields.num_experts,
-            "moe_router_topk": fields.experts_per_token,
-            "moe_ffn_hidden_size": fields.expert_ffn_hidden_size,
-            "moe_layer_freq": [int(i in fields.moe_layers) for i in range(fields.num_layers)],
-            "moe_router_pre_softmax": fields.router_pre_softmax,
-            "moe_router_score_function": fields.router_score,
-            "moe_router_enable_expert_bias": fields.router_selection_bias,
-            "moe_router_bias_update_rate": 0.0,  # the selection bias stays what the checkpoint says
-            "moe_router_num_groups": fields.router_groups,
-            "moe_router_group_topk": fields.router_groups_chosen,
-            "moe_router_topk_scaling_factor": fields.router_scale,
-            "moe_shared_expert_intermediate_size": fields.shared_ffn_hidden_size,
-            "moe_shared_expert_gate": fields.shared_expert_gate,
-            "moe_router_load_balancing_type": "none",
-            "moe_router_dtype": "fp32",
-            "moe_grouped_gemm": False,
-        }
+    moe = _expert_settings(fields) if fields.num_experts is not None else {}
     pipeline: dict[str, Any] = {}
     if layout.virtual_pipeline > 1:
         # With Megatron's defaults the interleaved schedule exchanges the wrong activations, without an error.
@@ -252,24 +254,29 @@ def _block_spec(fields: ModelFields, config: TransformerConfig, model: ModelConf
         layer.module = Layer
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-        attention = parts.self_attention.submodules
-        attention.core_attention = ModuleSpec(module=core_attention(model.attention))
-        if fields.attention_sinks:
-            attention.core_attention = ModuleSpec(SinkAttention, {"windows": fields.attention_windows})
-        if isinstance(fields, LatentAttentionFields):
-            parts.self_attention.module = LatentAttention
-            parts.self_attention.params["rope_interleave"] = fields.rope_interleave
-            attention.q_layernorm = attention.kv_layernorm = RMSNorm
-        elif config.qk_layernorm:
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
-        elif fields.qk_layernorm:
-            attention.q_layernorm = ModuleSpec(ProjectionNorm, {"heads": fields.num_attention_heads})
-            attention.k_layernorm = ModuleSpec(ProjectionNorm, {"heads": fields.num_query_groups})
+        _adapt_attention(parts.self_attention, fields, model)
         if hasattr(parts.mlp.submodules, "experts"):
             parts.mlp.submodules.router = partial(Router, losses=losses)
             if model.experts == "grouped":
                 parts.mlp.submodules.experts = ModuleSpec(module=GroupedExperts)
     return spec
+
+
+def _adapt_attention(spec: ModuleSpec, fields: ModelFields, model: ModelConfig) -> None:
+    """Our core attention and norms, in place of Megatron's."""
+    parts: Any = spec.submodules
+    parts.core_attention = ModuleSpec(module=core_attention(model.attention))
+    if fields.attention_sinks:
+        parts.core_attention = ModuleSpec(SinkAttention, {"windows": fields.attention_windows})
+    if isinstance(fields, LatentAttentionFields):
+        spec.module = LatentAttention
+        spec.params["rope_interleave"] = fields.rope_interleave
+        parts.q_layernorm = parts.kv_layernorm = RMSNorm
+    elif fields.qk_layernorm and fields.qk_norm_of_heads:
+        parts.q_layernorm = parts.k_layernorm = RMSNorm
+    elif fields.qk_layernorm:
+        parts.q_layernorm = ModuleSpec(ProjectionNorm, {"heads": fields.num_attention_heads})
+        parts.k_layernorm = ModuleSpec(ProjectionNorm, {"heads": fields.num_query_groups})
 
 
 def build_model(

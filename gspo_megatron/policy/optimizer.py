@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_megatron.config import MemoryConfig, OptimizerConfig
 from gspo_megatron.policy.model import PolicyModel, check_traps
+
+# Biases and norms don't decay: Megatron knows them by their one axis or name, but not those stacked over experts.
+EXPERT_BIASES = "*.experts.bias?"
 
 # Parameters whose gradients are reduced together where reduction overlaps; None: Megatron's choice.
 BUCKET_NUMEL: int | None = None
@@ -72,7 +76,9 @@ def build_optimizer(
         overlap_param_gather=settings.overlap_param_gather,
         **offload,
     )
-    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    undecayed = get_standard_config_overrides(config)
+    undecayed[ParamKey(name=EXPERT_BIASES)] = ParamGroupOverride(wd_mult=0.0)
+    optimizer = get_megatron_optimizer(config, chunks, undecayed, use_gloo_process_groups=False)
     _gather_parameters_once(optimizer)
     return optimizer
 

@@ -16,6 +16,14 @@ from tests.distributed.tiny_models import make_sequences
 TOKEN_BUDGET = 64
 
 
+def decayed(layout: dict[str, int], folder: str) -> list[str]:
+    """Names of the parameters here that decay."""
+    policy = cases.make_policy(cases.join(layout), folder, weight_decay=0.1, distributed=False)
+    groups = policy.optimizer.param_groups
+    moved = {id(p) for group in groups if group["wd_mult"] * policy.settings.weight_decay > 0 for p in group["params"]}
+    return [name for name, slot in policy.weights.slots.items() if id(slot.parameter) in moved]
+
+
 def token_weights(index: int, length: int) -> torch.Tensor:
     """[length] what each token's log-probability weighs in the loss of sequence `index`; the prompt's nothing."""
     generator = torch.Generator().manual_seed(300 + index)

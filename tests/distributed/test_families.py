@@ -64,6 +64,23 @@ def test_the_policy_is_transformers(family: str, layout: dict[str, int], referen
     check(reference(family), layout, ranks)
 
 
+def test_weights_decay_and_nothing_else(reference: Reference, ranks: Ranks) -> None:
+    """gpt-oss has every kind of bias."""
+    [names] = ranks(1).run(
+        "tests.distributed.family_cases:decayed", layout={}, folder=str(reference("gpt_oss")["folder"])
+    )
+    kinds = {name.removeprefix("decoder.layers.0.") for name in names if ".layers." not in name or ".0." in name}
+    assert kinds == {
+        "embedding.word_embeddings.weight",
+        "output_layer.weight",
+        "self_attention.linear_qkv.weight",
+        "self_attention.linear_proj.weight",
+        "mlp.router.weight",
+        "mlp.experts.weight1",
+        "mlp.experts.weight2",
+    }
+
+
 def test_selection_biases_stay_float32_in_a_bfloat16_model(reference: Reference, ranks: Ranks, tmp_path: Path) -> None:
     folder, out = reference("glm4_moe")["folder"], tmp_path / "out"
     layout = TENSOR_EXPERT | {"pipeline": 1}
