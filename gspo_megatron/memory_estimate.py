@@ -76,8 +76,11 @@ def held_parameters(family: Family, fields: ModelFields, layout: ParallelLayout)
             continue  # a tied head is the embedding itself
         if spec.dtype is not None:
             continue  # frozen and tiny: a router's selection bias
-        counts = dense if spec.expert is None else experts
-        counts[spec.pipeline_stage(layout, fields.num_layers)] += shape.numel()
+        stage = spec.pipeline_stage(layout, fields.num_layers)
+        if spec.expert is None and not spec.stacks_experts:
+            dense[stage] += shape.numel()
+        else:  # one expert, of which a rank has a share of the number; or that share itself
+            experts[stage] += shape.numel() * (layout.expert if spec.stacks_experts else 1)
     return [Held(d, e // layout.expert) for d, e in zip(dense, experts, strict=True)]
 
 

@@ -15,6 +15,17 @@ from tests.distributed.cases import join, scatter
 from tests.distributed.tiny_models import make_sequences
 
 
+def parameter_bytes(layout: dict[str, int], folder: str) -> int:
+    """Bytes of one rank's parameters."""
+    return sum(p.nbytes for chunk in _policy(layout, folder).chunks for p in chunk.parameters())
+
+
+def _policy(layout: dict[str, int], folder: str) -> MegatronPolicy:
+    return MegatronPolicy(
+        ModelConfig(path=folder, init="random"), OptimizerConfig(), join(layout), seed=0, total_steps=1
+    )
+
+
 def held_bytes(
     layout: dict[str, int], folder: str, vocab: int, lengths: list[int], dtype: str, distributed: bool, recompute: str
 ) -> dict[str, int]:

@@ -20,7 +20,7 @@ from gspo_megatron.config import (
 from gspo_megatron.memory_estimate import estimate
 from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.weights.families import load_fields
-from tests.distributed import tiny_models
+from tests.distributed import family_models, tiny_models
 from tests.distributed.rank_pool import RankPool
 
 LENGTHS = [96, 96, 64]  # what activations are per token; the attention's masks beside them are small
@@ -86,6 +86,18 @@ def test_parameters_gradients_and_optimizer(
     for number, stage in enumerate(stages):
         ours = [m["optimizer"] for r, m in enumerate(measured) if degrees.coordinates(r).pipeline == number]
         assert sum(ours) == pytest.approx(len(ours) * stage.optimizer, abs=1)
+
+
+@pytest.mark.parametrize("family", family_models.CLASSES)
+def test_parameters_of_every_family(
+    ranks: Callable[[int], RankPool], family: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = str(tmp_path_factory.mktemp("family") / family)
+    family_models.make_config(family).save_pretrained(folder)
+    layout = {"tensor": 2} | ({"expert": 2} if load_fields(folder)[1].num_experts else {})
+    measured = ranks(2).run("tests.distributed.memory_cases:parameter_bytes", layout=layout, folder=folder)
+    [stage] = estimate(config(folder, layout, "float32", True, "none", 1), *load_fields(folder))
+    assert measured == [stage.parameters] * 2
 
 
 @pytest.mark.parametrize(
