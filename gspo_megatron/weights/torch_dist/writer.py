@@ -84,7 +84,10 @@ def parameters_of(table: KeyTable, specs: Sequence[TensorSpec], dtype_of: dict[s
 
 
 def plan_files(parameters: Iterable[Parameter], *, file_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> list[DistcpFile]:
-    """Cut parameters into entries and these into files of about `file_bytes`, in the given order."""
+    """Cut parameters into entries, and group these into files of about `file_bytes`, in the given order.
+
+    A parameter is in one file, however large: it is put together once.
+    """
     files: list[DistcpFile] = []
     entries: list[Entry] = []
     position = 0
@@ -96,15 +99,19 @@ def plan_files(parameters: Iterable[Parameter], *, file_bytes: int, chunk_bytes:
         entries, position = [], 0
 
     for parameter in parameters:
-        for first_row, shape in _blocks(parameter, chunk_bytes):
-            nbytes = record(parameter.dtype, (*(1 for _ in parameter.place.index), *shape)).nbytes
-            if entries and position + nbytes > file_bytes:
-                close()
+        blocks = [(row, shape, _entry_bytes(parameter, shape)) for row, shape in _blocks(parameter, chunk_bytes)]
+        if entries and position + sum(nbytes for _, _, nbytes in blocks) > file_bytes:
+            close()
+        for first_row, shape, nbytes in blocks:
             entries.append(Entry(parameter, first_row, shape, position, nbytes))
             position += nbytes
             assert position % ALIGNMENT == 0
     close()
     return files
+
+
+def _entry_bytes(parameter: Parameter, shape: tuple[int, ...]) -> int:
+    return record(parameter.dtype, (*(1 for _ in parameter.place.index), *shape)).nbytes
 
 
 def _blocks(parameter: Parameter, chunk_bytes: int) -> Iterable[tuple[int, tuple[int, ...]]]:
