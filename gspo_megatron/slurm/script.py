@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ def render(plan: JobPlan, *, command: Sequence[str]) -> str:
         plan=plan,
         request=plan.request,
         servers=plan.servers,
+        # Ranks may end one after another, as late as a collective among them may come.
+        wait_s=math.ceil(max(run.config.parallel.timeout_s for run in plan.runs)),
         made_by=shlex.join(command),
         components=_directives(plan),
         runs=[_script_run(run) for run in plan.runs],

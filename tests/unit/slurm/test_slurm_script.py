@@ -120,7 +120,7 @@ def test_a_run_that_ends_is_done(tmp_path: Path) -> None:
     code, out = (job := Job(tmp_path, script_of(CPU))).wait()
     assert code == 0 and out.rstrip().endswith("done")
     train, meeting = job.calls().splitlines()
-    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 --wait=120 --output=runs/quickstart/gspo/slurm/12345/" in train
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 --wait=600 --output=runs/quickstart/gspo/slurm/12345/" in train
     assert train.endswith("rank a python -m gspo_megatron train examples/quickstart/gspo.toml --run.resume true")
     assert meeting == "MASTER=10.0.0.1:22345 THREADS=1"
     assert (tmp_path / "runs/quickstart/gspo/slurm/12345/restart_0/train.log").exists()
