@@ -1,9 +1,10 @@
 """How long saving a checkpoint keeps the training loop waiting, beside training and instead of it.
 
 One rank with a MoE model of random weights in float32 trains on small random batches and saves through the trainer's
-own Checkpointer: in turns without saving, saving synchronously, and saving while training goes on. What counts as the
-asynchronous save's cost is the call between two batches, and besides it what the batches take longer than others while
-the checkpoint is being written: the writer shares cores and memory with them.
+own Checkpointer: in turns without saving, saving synchronously, and saving while training goes on. The loop waits for
+the call between two batches. Beside it the process forks, and memory that training overwrites while the checkpoint is
+being written is copied first: what batches cost more for that is given in processor time of the trainer, which the
+writer on another core has no part in.
 
     python tools/benchmark_checkpoint.py [--repetitions 7] [--experts 24] [--folder DIR] [--output FILE]
 """
@@ -52,7 +53,7 @@ class Result:
     batch: list[float] = field(default_factory=list)  # without saving
     synchronous: list[float] = field(default_factory=list)
     stall: list[float] = field(default_factory=list)  # of the asynchronous save's call
-    slowdown: list[float] = field(default_factory=list)  # of the batches beside it, in all
+    copying: list[float] = field(default_factory=list)  # processor time that the batches beside it take more, in all
     written: list[float] = field(default_factory=list)  # until the asynchronous checkpoint is complete
     state_bytes: int = 0
 
@@ -85,16 +86,16 @@ def state(batch: int, counts: dict[str, int]) -> TrainerState:
 
 
 def train(trainer: Trainer, number: int) -> float:
-    """Seconds of one batch of 16 random sequences in four optimizer steps."""
+    """Seconds of the processor for one batch of 16 random sequences in four optimizer steps."""
     generator = torch.Generator().manual_seed(number)
     sequences = []
     for index in range(16):
         tokens = torch.randint(2, 100, (16,), generator=generator)
         advantage = torch.randn((), generator=generator)
         sequences.append(Sequence(index, tokens, torch.arange(16) >= 8, torch.zeros(16), advantage))
-    start = time.perf_counter()
+    start = time.process_time()
     trainer.learn(sequences)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def measure(trainer: Trainer, repetitions: int) -> Result:
@@ -129,7 +130,7 @@ def measure(trainer: Trainer, repetitions: int) -> Result:
             result.batch.append(usual)
             result.synchronous.append(synchronous_s)
             result.stall.append(stall)
-            result.slowdown.append(max(0.0, sum(busy) - len(busy) * usual))
+            result.copying.append(sum(busy) - len(busy) * usual)
             result.written.append(written)
     newest = checkpoints.complete(run)[0]
     result.state_bytes = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
@@ -141,13 +142,13 @@ def report(result: Result) -> str:
     base = statistics.median(result.synchronous)
     ratio = statistics.median(a / b for a, b in zip(result.stall, result.synchronous, strict=True))
     both = statistics.median(
-        (a + c) / b for a, c, b in zip(result.stall, result.slowdown, result.synchronous, strict=True)
+        (a + c) / b for a, c, b in zip(result.stall, result.copying, result.synchronous, strict=True)
     )
     rows = {
-        "a batch without saving": statistics.median(result.batch) / base,
+        "processor time of a batch without saving": statistics.median(result.batch) / base,
         "synchronous save": 1.0,
         "asynchronous save: the loop waits": ratio,
-        "… and with what batches beside it take longer": both,
+        "… and with the processor time that batches beside it take more": both,
         "asynchronous save: complete after": statistics.median(result.written) / base,
     }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"

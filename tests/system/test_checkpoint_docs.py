@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from gspo_megatron import checkpoints
 from gspo_megatron.config import CheckpointConfig
@@ -29,7 +31,8 @@ def test_the_commands(tmp_path: Path) -> None:
     commands = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     outputs = []
     for command in [commands[0], *commands]:
-        text = command.replace("runs/", f"{tmp_path}/").replace("python -m", f"{sys.executable} -m")
+        text = command.replace("runs/", f"{tmp_path}/")
+        text = re.sub(r"\bpython (-m|tools)", rf"{sys.executable} \1", text)
         done = subprocess.run(
             ["bash", "-ec", text],
             cwd=ROOT,
@@ -43,4 +46,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "has finished; nothing is left to do" in outputs[1]
     assert "after 4 rollout batches" in outputs[2] and "TP2 × EP2" in outputs[2]
     assert [checkpoints.batch_of(path) for path in checkpoints.complete(tmp_path / "resumable")] == [6, 4]
-    assert "stopped on SIGUSR1 after rollout batch" in outputs[3]
+    exported, final = (tmp_path / name / "model.safetensors" for name in ("exported", "resumable/final"))
+    a, b = load_file(exported), load_file(final)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert "stopped on SIGUSR1 after rollout batch" in outputs[4]
