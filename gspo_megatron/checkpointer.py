@@ -73,8 +73,8 @@ class Checkpointer:
                 if other.exists():
                     checkpoints.set_aside(other)
             run_folder.cut_records(run, state.metrics_bytes, state.samples_bytes)
-            what = "its weights, with new optimizer state" if weights_only else "it"
-            print(f"resuming from {chosen}: {what}, after {state.batch} rollout batches", flush=True)
+            rest = ": its weights alone, with new optimizer state" if weights_only else ""
+            self._say(f"resuming from {chosen}, after {state.batch} rollout batches{rest}")
         dist.barrier(group=self.job.groups.world)
         self._newest = state.batch
         return state

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +29,8 @@ def initialize(layout: ParallelLayout, *, seed: int, timeout_s: float) -> Proces
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
         device_id = device if device.type == "cuda" else None
-        dist.init_process_group(collective_backend(device), timeout=timeout, device_id=device_id)
+        store = _store_of_this_attempt(timeout)
+        dist.init_process_group(collective_backend(device), timeout=timeout, device_id=device_id, **store)
     assert dist.get_world_size() == layout.world_size, (dist.get_world_size(), layout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -42,6 +45,18 @@ def initialize(layout: ParallelLayout, *, seed: int, timeout_s: float) -> Proces
     seed_everything(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return _collect(layout, timeout)
+
+
+def _store_of_this_attempt(timeout: timedelta) -> dict[str, Any]:
+    """Where ranks that torchrun has started meet. It keeps one store for all its restarts, in which gloo would find
+    the addresses of ranks that have ended, and wait for them."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, world_size, is_master=False, timeout=timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": world_size}
 
 
 def _collect(layout: ParallelLayout, timeout: timedelta) -> ProcessGroups:

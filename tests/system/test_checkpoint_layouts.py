@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoint_files import differing
-from tests.distributed import tiny_models
+from tests.distributed import family_models, tiny_models
 from tests.distributed.conftest import ranks as ranks_fixture
 from tests.distributed.test_checkpoint import Ranks, check_next_step, check_there_and_back, equal, load, name_of, save
 from tests.distributed.test_checkpoint import moe as moe_fixture
@@ -73,3 +73,15 @@ def test_tied_weights_and_dense_layers(kind: str, tmp_path: Path, ranks: Ranks) 
     loaded = load(ranks, {"tensor": 2}, folder, tmp_path / "saved", tmp_path / "again")
     assert differing(tmp_path / "saved", tmp_path / "again") == []
     assert equal(loaded["weights"], known["weights"])
+
+
+@pytest.mark.parametrize("family", family_models.CONFIGS)
+def test_every_family_moves_between_layouts(family: str, tmp_path: Path, ranks: Ranks) -> None:
+    folder = tmp_path / "model"
+    family_models.make(family).save_pretrained(folder)
+    experts = {} if family == "qwen3" else {"expert": 2}
+    known = save(ranks, {"tensor": 2} | experts, folder, tmp_path / "saved")
+    loaded = load(ranks, {"pipeline": 2}, folder, tmp_path / "saved", tmp_path / "again")
+    assert differing(tmp_path / "saved", tmp_path / "again") == []
+    assert equal(loaded["weights"], known["weights"])
+    assert loaded["norms"] == pytest.approx(known["norms"], rel=1e-4)
