@@ -151,8 +151,8 @@ def test_a_job_that_is_told_to_save_comes_back_and_finishes(cluster: SlurmCluste
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_time_limit_s_signal_comes_before_it(cluster: SlurmCluster, tmp_path: Path) -> None:
-    """A limit of two minutes; SLURM, which looks every 30 s, sends the signal 40 to 70 s after the start. Again until the
-    run is through, across both nodes."""
+    """A limit of two minutes; SLURM, which looks every 30 s, signals 40 to 70 s after the start. Again until the run is
+    through, across both nodes."""
     batches = 1100  # more than a minute's work on any machine
     job = Job(cluster, tmp_path, "--nodes", "2", batches=batches)
     job.submit("--time=2", "--signal=B:USR1@50")
