@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from gspo_megatron import checkpoints, run_folder
-from gspo_megatron.background import Background
+from gspo_megatron.background import Background, SharedMemory
 from gspo_megatron.checkpoints import TrainerState
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.errors import CauseError, UserError
@@ -44,6 +44,7 @@ class Checkpointer:
         self._newest = -1  # batch of the checkpoint that was last saved or loaded
         self._writing: Background | None = None
         self._writing_batch = -1
+        self._memory = SharedMemory()
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 
@@ -174,8 +175,10 @@ class Checkpointer:
             )
 
     def _start(self, batch: int, make_state: Callable[[dict[str, int]], TrainerState]) -> None:
-        """Take the state and begin to write it."""
-        snapshot = self.policy.snapshot()
+        """Copy the state and begin to write it."""
+        views = self.policy.snapshot()
+        is_copied = self.config.checkpoint.async_save or self.job.device.type == "cuda"
+        snapshot = views.copied_to(self._memory) if is_copied else views
         state = make_state(snapshot.counts)
         partial = checkpoints.folder_of(self.config.run.folder) / checkpoints.partial_of(batch)
         problem = ""
@@ -191,7 +194,9 @@ class Checkpointer:
                 print_error(f"the checkpoint of rollout batch {batch} could not be saved: {problem}\n")
             return
         share = _Share(self.config, self.policy, self.job.groups.rank, partial, snapshot, state)
-        self._writing, self._writing_batch = Background(share.write), batch
+        # What training writes while the other process lives would be copied page by page.
+        withheld = [*(c.tensor for c in views.chunks), *self.policy.gradient_buffers] if is_copied else []
+        self._writing, self._writing_batch = Background(share.write, withheld=withheld), batch
 
     def close(self) -> None:
         """Leave nothing running after an error."""

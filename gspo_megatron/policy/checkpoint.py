@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 from torch import Tensor
 
+from gspo_megatron.background import SharedMemory
 from gspo_megatron.policy.chunks import Chunk, rectangles
 from gspo_megatron.policy.optimizer_state import OptimizerShard, optimizer_shards, set_steps_done, steps_done
 
@@ -61,18 +62,16 @@ class _Piece:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What this rank saves. Its tensors stay as they are only until the next step, unless they were copied."""
+    """What this rank saves. Its tensors are views of the state, unless they were copied."""
 
     chunks: list[Chunk]
     objects: list[tuple[str, Any]]
     counts: dict[str, int]
 
-    def to_host(self) -> Snapshot:
-        """The same with a copy in host memory of what is on a device; what is in host memory is not copied.
-
-        Not in pinned memory, which a forked process does not have.
-        """
-        copies = (c.tensor.clone() if c.tensor.is_pinned() else c.tensor.cpu() for c in self.chunks)
+    def copied_to(self, memory: SharedMemory) -> Snapshot:
+        """The same with copies in host memory, which stay until the memory is used again. It is not pinned: a forked
+        process does not have pinned memory."""
+        copies = memory.copy(chunk.tensor for chunk in self.chunks)
         return replace(self, chunks=[replace(c, tensor=t) for c, t in zip(self.chunks, copies, strict=True)])
 
 

@@ -163,10 +163,14 @@ class MegatronPolicy:
         torch.distributed.barrier(group=self.groups.world)
 
     def snapshot(self) -> Snapshot:
-        """This rank's share of a checkpoint: weights, the optimizer's state, counts. Good until the next step, unless
-        a forked process writes it: that one keeps what there is now."""
+        """This rank's share of a checkpoint: views of the weights and of the optimizer's state, and counts."""
         self._finish_parameters()
-        return take_snapshot(self.chunks, self.optimizer, self.schedule).to_host()
+        return take_snapshot(self.chunks, self.optimizer, self.schedule)
+
+    @property
+    def gradient_buffers(self) -> list[torch.Tensor]:
+        """Where gradients are summed: large, and no part of a checkpoint."""
+        return [b.grad_data for chunk in self.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
 
     def restore(self, folder: Path, counts: Mapping[str, int], *, weights_only: bool = False) -> None:
         """Take over a checkpoint's state, whatever layout saved it. The reference model stays the initial one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import time
@@ -9,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from gspo_megatron import checkpoints
-from gspo_megatron.background import Background
+from gspo_megatron.background import Background, SharedMemory
 from gspo_megatron.checkpoints import TrainerState
 from gspo_megatron.errors import UserError
 from gspo_megatron.weights.torch_dist.checksums import write_checksums
@@ -120,6 +122,28 @@ def test_work_beside_sees_memory_as_it_was(tmp_path: Path) -> None:
     values[:] = []
     assert work.look() == "running"
     assert settle(work) == "done" and work.error == "" and (tmp_path / "values").read_text() == "[1, 2, 3]"
+
+
+def test_copies_stay_and_memory_that_is_withheld_is_not_there(tmp_path: Path) -> None:
+    state = torch.arange(2**20, dtype=torch.float32)
+    views = [state[5:1000].view(5, 199), state.view(2, -1)[1], torch.tensor([7], dtype=torch.int16)]
+    memory = SharedMemory()
+    for offset in (0.0, 1.0):  # the memory is used again
+        state.add_(offset)
+        copies = memory.copy(views)
+        expected = [view.clone() for view in views]
+        work = Background(lambda copies=copies: torch.save(copies, tmp_path / "copies"), withheld=views)
+        state.mul_(2)
+        assert settle(work) == "done", work.error
+        assert all(torch.equal(a, b) for a, b in zip(torch.load(tmp_path / "copies"), expected, strict=True))
+
+    def touch() -> None:
+        faulthandler.disable()  # pytest's
+        torch.save(state.clone(), tmp_path / "state")
+
+    work = Background(touch, withheld=views)
+    assert settle(work) == "failed" and work.error == "its process was ended by SIGSEGV"
+    assert settle(Background(touch)) == "done"  # given back
 
 
 def test_work_that_fails_says_why(tmp_path: Path) -> None:
