@@ -86,7 +86,7 @@ def read_architecture(folder: Path) -> Architecture:
     family = guarded(lambda: find_family(config))
     fields = guarded(lambda: family.fields(config))
     specs = guarded(lambda: family.specs(fields))
-    guarded(lambda: [megatron_shape(spec) for spec in {spec.codec: spec for spec in specs}.values()])
+    guarded(lambda: [megatron_shape(spec) for spec in specs])
     origins = {name: (spec, i) for spec in specs if not spec.load_only for i, name in enumerate(spec.hf)}
     return Architecture(config, family, fields, specs, origins)
 

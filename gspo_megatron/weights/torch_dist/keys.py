@@ -8,14 +8,16 @@ with the layer first.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from gspo_megatron.weights.families.base import ModelFields
-from gspo_megatron.weights.rules import TensorSpec
+from gspo_megatron.weights.rules import Codec, TensorSpec
 
 _LAYER = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.local_experts\.(?P<expert>\d+)\.(?P<rest>.+)")
@@ -100,6 +102,18 @@ class KeyTable:
 
 
 def megatron_shape(spec: TensorSpec) -> tuple[int, ...]:
-    """Of the whole parameter."""
-    parts = [torch.empty(shape, device="meta") for shape in spec.hf_shapes]
-    return tuple(spec.codec.to_megatron(parts).shape)
+    """Of the whole parameter. Raises ValueError or RuntimeError where the HF tensors can't make one."""
+    return _shape(spec.codec, spec.hf_shapes)  # type: ignore[arg-type]  # codecs are frozen dataclasses
+
+
+@lru_cache(maxsize=1024)
+def _shape(codec: Codec, hf_shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """The codec is asked, with tensors that hold nothing: their last axis is empty. (On torch's meta device the first
+    question would import its compiler.) A codec only moves numbers, so how many there are tells the missing size."""
+    if any(len(shape) == 1 for shape in hf_shapes):
+        return tuple(codec.to_megatron([torch.empty(shape) for shape in hf_shapes]).shape)
+    found = tuple(codec.to_megatron([torch.empty(*shape[:-1], 0) for shape in hf_shapes]).shape)
+    known, count = math.prod(size for size in found if size), sum(math.prod(shape) for shape in hf_shapes)
+    if found.count(0) != 1 or count % known:
+        raise ValueError(f"tensors of {', '.join(str(list(shape)) for shape in hf_shapes)} don't make one parameter")
+    return tuple(size or count // known for size in found)

@@ -3,6 +3,9 @@
 torch's FileSystemReader gives each entry to `torch.load`. The entry is a zip archive of a small pickle, which names
 dtype and shape, and of the tensor's bytes. Written here without a copy of the tensor, and so that its size is known
 before; read here without a copy where it lies in a mapped file.
+
+The archive's CRC of the tensor's bytes stays 0, as after torch.serialization.set_crc32_options(False): it would take
+longer than all else, torch never looks at it, and checksums.json has better ones.
 """
 
 from __future__ import annotations
@@ -90,17 +93,15 @@ class Record:
     def encode(self, tensor: Tensor) -> list[memoryview | bytes]:
         """The entry's bytes, in pieces of which one is the tensor's own memory. The tensor must be contiguous."""
         assert tensor.dtype == self.dtype and tuple(tensor.shape) == self.shape and tensor.is_contiguous()
-        data = raw_bytes(tensor)
-        crc = zlib.crc32(data)
         head = [part for m, content in self.head for part in (m.local(zlib.crc32(content)), content)]
         tail = [part for m, content in self.tail for part in (m.local(zlib.crc32(content)), content)]
         central = [m.central(zlib.crc32(content)) for m, content in self.head]
-        central.append(self.data.central(crc))
+        central.append(self.data.central(0))
         central += [m.central(zlib.crc32(content)) for m, content in self.tail]
         last, content = self.tail[-1]
         size, count, start = sum(map(len, central)), len(central), last.data_offset + len(content)
         tail += [*central, _END.pack(_END_MAGIC, 0, 0, count, count, size, start, 0)]
-        return [b"".join(head) + self.data.local(crc), data, b"".join(tail)]
+        return [b"".join(head) + self.data.local(0), raw_bytes(tensor), b"".join(tail)]
 
 
 @lru_cache(maxsize=1024)

@@ -36,6 +36,7 @@ from gspo_megatron.weights.families import FAMILIES
 from gspo_megatron.weights.rules import QKV, GateUp
 from gspo_megatron.weights.torch_dist.checksums import find_damage
 from gspo_megatron.weights.torch_dist.description import read_description
+from gspo_megatron.weights.torch_dist.keys import megatron_shape
 from tests.distributed import family_models
 from tests.unit.weights.conversion_setup import CONFIG, DENSE, Silent, contents, to_hf, to_megatron, write_hf
 from tools import convert_checkpoint
@@ -134,6 +135,13 @@ def test_layers_that_predict_further_tokens_are_left_out_aloud(
     assert f"not compared, for they belong to no rule: 1 tensors ({further}" in capsys.readouterr().out
     back = load_file(to_hf(tmp_path / "dist", tmp_path / "back") / "model.safetensors")
     assert back.keys() == expected.keys() and all(torch.equal(back[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_parameters_shape_is_what_its_codec_makes(family: str) -> None:
+    model = FAMILIES[family]
+    for spec in model.specs(model.fields(family_config(family))):
+        assert megatron_shape(spec) == spec.codec.to_megatron([torch.empty(s) for s in spec.hf_shapes]).shape
 
 
 # --- dtypes ------------------------------------------------------------------------------------------------------
@@ -245,7 +253,7 @@ def test_a_transposed_group_of_queries_is_found(tmp_path: Path, monkeypatch: pyt
 
     def wrong(self: QKV, tensors: list[torch.Tensor]) -> torch.Tensor:
         """[q…, k, v] stacked instead of interleaved by group."""
-        return torch.cat(list(tensors)) if tensors[0].device.type != "meta" else right(self, tensors)
+        return torch.cat(list(tensors)) if tensors[0].numel() else right(self, tensors)
 
     with monkeypatch.context() as patch:
         patch.setattr(QKV, "to_megatron", wrong)

@@ -39,7 +39,8 @@ def test_torch_loads_what_is_written(shape: tuple[int, ...], dtype: torch.dtype)
     loaded = torch.load(io.BytesIO(data), weights_only=True)
     assert loaded.dtype == dtype and torch.equal(loaded, tensor)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        assert archive.testzip() is None, "every CRC is right"
+        assert archive.testzip() in ("archive/data/0", None), "every CRC is right but that of the data, which is 0"
+        assert archive.getinfo("archive/data/0").CRC == 0
     assert data.index(b"archive/data/0") < ALIGNMENT * 8
 
 
