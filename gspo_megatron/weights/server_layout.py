@@ -20,7 +20,8 @@ from gspo_megatron.weights.rules import TensorSpec
 
 VOCABULARY_MULTIPLE = 64  # SGLang pads embedding and head to it
 
-_EXPERT = re.compile(r"(?P<prefix>.+\.mlp\.experts)\.\d+\.(?P<projection>gate|up|down)_proj\.weight")
+_EXPERT = re.compile(r"(?P<prefix>.+\.experts)\.\d+\.(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+_DOWN = (".down_proj.weight", ".w2.weight")  # Mixtral's name, too
 _FUSED = (("q_proj", "qkv_proj"), ("gate_proj", "gate_up_proj"))  # first of the fused projections, the fused name
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -60,7 +61,7 @@ def _server_name(spec: TensorSpec) -> str:
     first = spec.hf[0]
     match = _EXPERT.fullmatch(first)
     if match:
-        return f"{match['prefix']}.{'w2' if match['projection'] == 'down' else 'w13'}_weight"
+        return f"{match['prefix']}.{'w2' if first.endswith(_DOWN) else 'w13'}_weight"
     for separate, fused in _FUSED:
         if f".{separate}." in first:
             return first.replace(f".{separate}.", f".{fused}.")
@@ -80,7 +81,7 @@ def server_piece(
         per_rank, cut = num_experts // layout.expert, layout.tensor // layout.expert
         if spec.expert // per_rank != rank // cut:
             return None
-        return _cut(tensors, 1 if name.endswith(".down_proj.weight") else 0, rank % cut, cut, layout.mlp_multiple)
+        return _cut(tensors, 1 if name.endswith(_DOWN) else 0, rank % cut, cut, layout.mlp_multiple)
     if name in _VOCABULARY:
         return _vocabulary_rows(tensors[0], rank, layout.tensor)
     if name.endswith(".o_proj.weight"):

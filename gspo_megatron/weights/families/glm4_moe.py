@@ -65,4 +65,4 @@ def rules(f: ModelFields) -> list[Rule]:
     return [*attention_and_norm_rules(f), *dense_mlp_rules(f), *expert_rules(f), *shared_expert_rules(f)]
 
 
-FAMILY = Family("glm4_moe", fields, rules)
+FAMILY = Family("glm4_moe", fields, rules, known_to_servers=True)

@@ -46,4 +46,4 @@ def rules(f: ModelFields) -> list[Rule]:
     return [*attention_and_norm_rules(f), *expert_rules(f, module="block_sparse_moe", projections=("w1", "w3", "w2"))]
 
 
-FAMILY = Family("mixtral", fields, rules)
+FAMILY = Family("mixtral", fields, rules, known_to_servers=True)

@@ -50,4 +50,4 @@ def rules(f: ModelFields) -> list[Rule]:
     return [*attention_and_norm_rules(f), *expert_rules(f)]
 
 
-FAMILY = Family("olmoe", fields, rules)
+FAMILY = Family("olmoe", fields, rules, known_to_servers=True)

@@ -95,6 +95,25 @@ def test_a_cpus_mlp_and_the_vocabulary_are_filled_up_with_zeros() -> None:
     assert torch.equal(rows, torch.cat([WHOLE["lm_head.weight"][64:], torch.zeros(58, 8)]))
 
 
+def test_mixtrals_own_names_of_experts() -> None:
+    config = {"num_local_experts": 4, "intermediate_size": 12, "sliding_window": None, "mlp_only_layers": None}
+    specs, fields = model(model_type="mixtral", **config)
+    by_name = {p.name: p for p in server_parameters(specs)}
+    prefix = "model.layers.1.block_sparse_moe."
+    assert {n for n in by_name if n.startswith(prefix)} == {
+        f"{prefix}{x}" for x in ("gate.weight", "experts.w13_weight", "experts.w2_weight")
+    }
+    [down] = [specs[i] for i in by_name[f"{prefix}experts.w2_weight"].specs if specs[i].expert == 3]
+    assert down.hf == (f"{prefix}experts.3.w2.weight",)
+    whole = torch.arange(96.0).view(8, 12)
+    piece = server_piece(down, [whole], ServerLayout(2), 1, num_experts=fields.num_experts)
+    assert piece is not None and torch.equal(piece, whole[:, 6:])
+    [gate_up] = [specs[i] for i in by_name[f"{prefix}experts.w13_weight"].specs if specs[i].expert == 3]
+    pair = [torch.arange(96.0).view(12, 8), -torch.arange(96.0).view(12, 8)]
+    piece = server_piece(gate_up, pair, ServerLayout(2), 1, num_experts=fields.num_experts)
+    assert piece is not None and torch.equal(piece, torch.cat([pair[0][6:], pair[1][6:]]))
+
+
 def test_experts_must_divide_the_ranks() -> None:
     with pytest.raises(UserError, match="ep_size"):
         ServerLayout(tensor=2, expert=4)
