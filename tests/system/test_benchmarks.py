@@ -164,3 +164,15 @@ def test_sizes_are_refused_with_the_letters_they_need() -> None:
     done = kernel_benchmark("--size", "linear_logprobs=64x300")
     assert done.returncode == 2
     assert "TxHxV" in done.stderr
+
+
+@pytest.mark.slow
+def test_saving_is_measured(tmp_path: Path) -> None:
+    output = tmp_path / "table.md"
+    command = [sys.executable, str(ROOT / "tools/benchmark_checkpoint.py"), "--repetitions", "1", "--experts", "2"]
+    command += ["--folder", str(tmp_path), "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    shares = [float(line.split("|")[2].strip(" %")) for line in output.read_text().splitlines() if "% |" in line]
+    assert len(shares) == 5 and shares[1] == 100
+    assert 0 < shares[2] < 60 and list(tmp_path.iterdir()) == [output]
