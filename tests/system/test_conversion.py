@@ -81,9 +81,9 @@ def kill_at_random_moments(direction: str, folder: Path, *, gigabytes: float, ki
     expected, taken_up, interrupted = sums_of(target), 0, 0
     total = sum(entry.size for entry in expected.values())
     rng = random.Random(direction)
-    for _ in range(kills):
+    for number in range(kills):
         shutil.rmtree(target)
-        moment = rng.random() * total  # bytes
+        moment = (number + rng.random()) / kills * total  # bytes; one in each part of the way
         with start(direction, source, target) as process:
             deadline = time.monotonic() + 300
             while process.poll() is None and written(partial) < moment:
@@ -100,7 +100,8 @@ def kill_at_random_moments(direction: str, folder: Path, *, gigabytes: float, ki
         assert sums_of(target) == expected
         assert not partial.exists()
     assert interrupted >= kills // 2, "most kills are to hit the writing"
-    assert taken_up >= 1, "some files were finished before a kill"
+    if kills >= 10:
+        assert taken_up >= 1, "some files were finished before a kill"
     if direction == "import":
         assert find_damage(target) == []
 
