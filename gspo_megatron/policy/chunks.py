@@ -36,6 +36,7 @@ from gspo_megatron.weights.torch_dist.checksums import FileSum
 from gspo_megatron.weights.torch_dist.unpickle import METADATA, load_metadata, load_weights_only
 
 Shape = tuple[int, ...]
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,10 @@ def write_metadata(folder: Path, entries: Sequence[Entry]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_chunks(folder: Path, chunks: Sequence[Chunk]) -> None:
+def read_chunks(folder: Path, chunks: Sequence[Chunk], *, converts: bool = False) -> None:
     """Fill the chunks' tensors from a checkpoint's files, whatever blocks they were saved in.
+
+    `converts`: where the stored dtype is another than the tensor's, take over the numbers.
 
     Raises:
         UserError: the checkpoint lacks a tensor, or a part of one, or has it in another shape or dtype.
@@ -209,7 +212,7 @@ def read_chunks(folder: Path, chunks: Sequence[Chunk]) -> None:
         wanted[chunk.key].append(chunk)
     reads: list[tuple[_StorageInfo, str, Shape, Shape, list[Chunk]]] = []
     known = {key: metadata.state_dict_metadata[key] for key in wanted if key in metadata.state_dict_metadata}
-    described = {key: _check(folder, key, found, wanted[key][0]) for key, found in known.items()}
+    described = {key: _check(folder, key, found, wanted[key][0], converts) for key, found in known.items()}
     if missing := sorted(wanted.keys() - known.keys()):
         shown = ", ".join(missing[:8]) + (", …" if len(missing) > 8 else "")
         raise UserError(f"{folder} lacks {len(missing)} tensors: {shown}")
@@ -226,7 +229,11 @@ def read_chunks(folder: Path, chunks: Sequence[Chunk]) -> None:
     for (place, key, offset, shape, near), file in _in_order(folder, reads):
         file.seek(place.offset)
         block = load_weights_only(io.BytesIO(file.read(place.length)), f"{folder / place.relative_path}: {key}")
-        if not isinstance(block, Tensor) or tuple(block.shape) != shape or block.dtype != near[0].tensor.dtype:
+        if (
+            not isinstance(block, Tensor)
+            or tuple(block.shape) != shape
+            or block.dtype != described[key].properties.dtype
+        ):
             raise UserError(f"{folder / place.relative_path}: {key} is not the tensor that {METADATA} describes")
         for chunk in near:
             filled[id(chunk)] += _copy_overlap(block, offset, chunk)
@@ -238,14 +245,14 @@ def read_chunks(folder: Path, chunks: Sequence[Chunk]) -> None:
             raise UserError(f"{folder}: {chunk.key} has {filled[id(chunk)]} of {expected} elements at {chunk.offset}")
 
 
-def _check(folder: Path, key: str, described: Any, target: Chunk) -> TensorStorageMetadata:
+def _check(folder: Path, key: str, described: Any, target: Chunk, converts: bool) -> TensorStorageMetadata:
     if not isinstance(described, TensorStorageMetadata):
         raise UserError(f"{folder}: {key} is no tensor")
     size, dtype = tuple(described.size), described.properties.dtype
     fits = size == target.global_shape if not target.is_flexible else size[1:] == target.global_shape[1:]
     if not fits:
         raise UserError(f"{folder}: {key} has the shape {list(size)}, the model {list(target.global_shape)}")
-    if dtype != target.tensor.dtype:
+    if dtype != target.tensor.dtype and not (converts and dtype in _FLOATS and target.tensor.dtype in _FLOATS):
         raise UserError(f"{folder}: {key} is {dtype}, the model's is {target.tensor.dtype}; set model.dtype alike")
     return described
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from gspo_megatron.config import ModelConfig, OptimizerConfig
 from gspo_megatron.data.exchange import distribute
 from gspo_megatron.parallel import ParallelLayout
+from gspo_megatron.policy.checkpoint import chunks_to_load
+from gspo_megatron.policy.chunks import read_chunks
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.policy.runtime import initialize, shutdown
 from gspo_megatron.policy.step import forward_only
@@ -28,7 +30,9 @@ def megatron_logits(checkpoint: Path, token_ids: Tensor) -> Tensor:
     try:
         model = ModelConfig(path=str(checkpoint / HF_FOLDER), init="random", dtype="float32")
         policy = MegatronPolicy(model, OptimizerConfig(), groups, seed=0, total_steps=1)
-        policy.restore(checkpoint, {"optimizer_steps": 0, "schedule_steps": 0}, weights_only=True)
+        # The stored dtype widened; without the optimizer, no more is read than the model.
+        chunks = chunks_to_load(policy.chunks, policy.optimizer, weights_only=True)
+        read_chunks(checkpoint, chunks, converts=True)
         return _logits(policy, token_ids)
     finally:
         shutdown()

@@ -81,6 +81,18 @@ def test_padding_may_differ(saved: Path) -> None:
         read_chunks(saved, [Chunk("w", (9, 6), (0, 0), more)])
 
 
+def test_another_dtype_is_taken_over_only_on_request(tmp_path: Path) -> None:
+    whole = [(slice(0, 7), slice(0, 6))]
+    save(tmp_path / "saved", [blocks((WHOLE / 3).bfloat16(), whole)])
+    target = torch.zeros(7, 6)
+    with pytest.raises(UserError, match=r"w is torch.bfloat16, the model's is torch.float32"):
+        read_chunks(tmp_path / "saved", blocks(target, whole))
+    read_chunks(tmp_path / "saved", blocks(target, whole), converts=True)
+    assert torch.equal(target, (WHOLE / 3).bfloat16().float())
+    with pytest.raises(UserError, match=r"w is torch.bfloat16, the model's is torch.int64"):
+        read_chunks(tmp_path / "saved", blocks(target.long(), whole), converts=True)
+
+
 def test_a_tensor_with_a_hole_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="w: 18 elements were saved of 42"):
         save(tmp_path / "saved", [blocks(WHOLE, [(slice(0, 3), slice(0, 6))])])
