@@ -123,9 +123,10 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _convert(conversion: ToMegatron | ToHF, left_out: Sequence[str], options: argparse.Namespace) -> int:
-    from gspo_megatron.weights.conversion.execute import check_target, execute
+    from gspo_megatron.weights.conversion.execute import execute
     from gspo_megatron.weights.conversion.plan import describe_plan
     from gspo_megatron.weights.conversion.progress import ByteProgress
+    from gspo_megatron.weights.conversion.target import check_target
 
     check_target(options.OUT_DIR, conversion.source, overwrite=options.overwrite)
     print(describe_plan(conversion, options.OUT_DIR, left_out, threads=options.threads, every_file=options.dry_run))

@@ -24,6 +24,7 @@ from typing import Protocol
 import xxhash
 
 from gspo_megatron.errors import UserError
+from gspo_megatron.weights.conversion.target import check_target
 from gspo_megatron.weights.torch_dist.checksums import FileSum, hash_file
 
 MANIFEST = "manifest.jsonl"
@@ -69,22 +70,6 @@ class Report(Protocol):
     def note(self, text: str) -> None: ...
 
 
-def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
-    """Raise UserError where the result must not be written."""
-    ours, theirs = target.resolve(), source.resolve()
-    if ours == theirs or ours in theirs.parents or theirs in ours.parents:
-        raise UserError(f"{target} and {source} lie in each other; choose another folder for the result")
-    if not target.exists() and not target.is_symlink():
-        return
-    if not overwrite:
-        raise UserError(f"{target} exists; choose another folder or give --overwrite")
-    known = ("gspo_megatron.json", "config.json")
-    if target.is_symlink() or not target.is_dir() or not any((target / name).is_file() for name in known):
-        raise UserError(
-            f"{target} is no checkpoint, so --overwrite leaves it alone; remove it or choose another folder"
-        )
-
-
 def partial_folder(target: Path) -> Path:
     """Where the result is written until it is complete."""
     return target.with_name(f".{target.name}.partial")
@@ -112,7 +97,8 @@ def execute(conversion: Conversion, target: Path, *, overwrite: bool = False, th
         _sync_small_files(partial, sums)
         manifest.path.unlink()  # not before: a kill in the lines above costs them alone
         _sync(partial)
-        _replace(partial, target, overwrite=overwrite)
+        check_target(target, conversion.source, overwrite=overwrite)  # again: it took a while
+        _replace(partial, target)
 
 
 def _run(work: Callable[[int], None], numbers: Iterable[int], threads: int) -> None:
@@ -265,11 +251,9 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _replace(partial: Path, target: Path, *, overwrite: bool) -> None:
+def _replace(partial: Path, target: Path) -> None:
     """Give the folder its name. What had it before is removed afterwards."""
     if target.exists():
-        if not overwrite:
-            raise UserError(f"{target} has appeared in the meantime; choose another folder")
         _exchange(partial, target)
         _sync(target.parent)
         shutil.rmtree(partial)

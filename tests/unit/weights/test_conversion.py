@@ -8,7 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ from gspo_megatron.weights.conversion.execute import MANIFEST, execute, partial_
 from gspo_megatron.weights.conversion.hf_layout import LAYOUT
 from gspo_megatron.weights.conversion.inspect import inspect
 from gspo_megatron.weights.conversion.models import HFModel, TorchDistModel, open_model
+from gspo_megatron.weights.conversion.to_hf import ToHF
 from gspo_megatron.weights.conversion.to_megatron import ToMegatron
 from gspo_megatron.weights.families import FAMILIES
 from gspo_megatron.weights.rules import QKV, GateUp
-from gspo_megatron.weights.torch_dist.checksums import find_damage
+from gspo_megatron.weights.torch_dist.checksums import FileSum, find_damage
 from gspo_megatron.weights.torch_dist.description import read_description
 from gspo_megatron.weights.torch_dist.keys import megatron_shape
 from tests.distributed import family_models
@@ -384,6 +385,72 @@ def test_an_existing_folder_is_not_touched(source: Path, tmp_path: Path) -> None
         execute(ToMegatron(model), target, overwrite=True, report=Silent())
     assert contents(target) == {"precious": b"data"}
     assert not partial_folder(target).exists()
+
+
+def overwrite(source: Path, target: Path) -> None:
+    model = open_model(source)
+    conversion = ToMegatron(model) if isinstance(model, HFModel) else ToHF(model)  # type: ignore[arg-type]
+    execute(conversion, target, overwrite=True, report=Silent())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"config.json": "{}", "main.py": "x"},  # a project that happens to have one
+        {"config.json": '{"model_type": "qwen3"}'},
+        {"config.json": "[", "model.safetensors": "x"},
+        {"gspo_megatron.json": "{}", "notes": "x"},
+    ],
+)
+def test_overwrite_leaves_alone_what_is_no_checkpoint(content: dict[str, str], source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "project"
+    target.mkdir()
+    for name, text in content.items():
+        (target / name).write_text(text)
+    before = contents(target)
+    with pytest.raises(UserError, match="project is no checkpoint, so --overwrite leaves it alone"):
+        overwrite(source, target)
+    assert contents(target) == before
+
+
+@pytest.mark.parametrize("kind", ["hf", "dist"])
+@pytest.mark.parametrize("name", ["notes.txt", "adapter_model.safetensors", ".git/config", "hf/train.py", "hf/a/b"])
+def test_overwrite_removes_no_file_of_the_users(kind: str, name: str, source: Path, tmp_path: Path) -> None:
+    dist = to_megatron(source, tmp_path / "made")
+    target, given = (to_hf(dist, tmp_path / "out"), dist) if kind == "hf" else (dist, source)
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    (target / name).write_text("mine")
+    before = contents(target)
+    with pytest.raises(UserError, match="is no part of a checkpoint") as error:
+        overwrite(given, target)
+    assert str(target / name).startswith(str(error.value).split(" is no part")[0])
+    assert contents(target) == before
+
+
+def test_overwrite_looks_again_when_the_result_is_complete(source: Path, tmp_path: Path) -> None:
+    target = to_megatron(source, tmp_path / "dist")
+
+    class Slow(ToMegatron):
+        def finish(self, folder: Path, sums: Mapping[str, FileSum]) -> None:
+            super().finish(folder, sums)
+            (target / "notes.txt").write_text("written meanwhile")
+
+    model = open_model(source)
+    assert isinstance(model, HFModel)
+    with pytest.raises(UserError, match=r"notes.txt is no part of a checkpoint"):
+        execute(Slow(model), target, overwrite=True, report=Silent())
+    assert (target / "notes.txt").read_text() == "written meanwhile"
+
+
+def test_overwrite_replaces_a_training_checkpoint_and_a_model_of_several_files(source: Path, tmp_path: Path) -> None:
+    target = to_megatron(source, tmp_path / "dist")
+    for name in ("trainer.json", "random.json"):
+        (target / name).write_text("{}")
+    (target / "checksums.json").unlink()
+    overwrite(source, target)
+    out = to_hf(target, tmp_path / "out")
+    overwrite(target, out)
+    assert contents(out) == contents(source)
 
 
 def test_overwrite_replaces_a_checkpoint_only_when_the_new_one_is_complete(source: Path, tmp_path: Path) -> None:
