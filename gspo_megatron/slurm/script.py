@@ -47,7 +47,7 @@ def render(plan: JobPlan, *, command: Sequence[str]) -> str:
         servers=plan.servers,
         # Ranks may end one after another, as late as a collective among them may come.
         wait_s=math.ceil(max(run.config.parallel.timeout_s for run in plan.runs)),
-        made_by=shlex.join(command),
+        made_by=" ".join(_on_one_line(word) for word in command),
         components=_directives(plan),
         runs=[_script_run(run) for run in plan.runs],
     )
@@ -55,6 +55,18 @@ def render(plan: JobPlan, *, command: Sequence[str]) -> str:
 
 def _script_run(run: Run) -> _ScriptRun:
     return _ScriptRun(shlex.join([str(run.config_file), *run.overrides]), shlex.quote(run.config.run.folder))
+
+
+def _on_one_line(word: str) -> str:
+    """A word as bash reads it, without a character that could end the comment which it stands in."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return "$'" + "".join(c if c.isprintable() else _as_bytes(c) for c in escaped) + "'"
+
+
+def _as_bytes(character: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
 def _directives(plan: JobPlan) -> list[list[str]]:

@@ -273,6 +273,22 @@ def test_a_container_and_a_prologue(tmp_path: Path) -> None:
     )
 
 
+def test_a_command_of_many_lines_stays_a_comment(tmp_path: Path) -> None:
+    words = ["slurm", "--task.prompt_template", "it's\ntouch broken\n#SBATCH --x \\n\r\x1b0\u2028é"]
+    runs = [_run(("--task.prompt_template", words[2]))]
+    lines = render(plan_job(runs, CPU), command=words).splitlines(keepends=True)
+    assert lines[1].startswith("# Made by: slurm --task.prompt_template $'it\\'s\\ntouch broken\\n#SBATCH")
+    assert lines[2] == "#SBATCH --job-name=gspo\n"
+    # What it says is the command.
+    command = lines[1].removeprefix("# Made by: ")
+    shown = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, check=True).stdout
+    assert shown.decode().split("\0")[:-1] == words
+    job = Job(tmp_path, "".join(lines))
+    assert job.wait()[0] == 0 and not (tmp_path / "broken").exists()
+    # The words themselves are as they were given.
+    assert f"--task.prompt_template {words[2]} --run.resume true" in (tmp_path / "calls").read_bytes().decode()
+
+
 def test_words_of_the_user_s_are_quoted(tmp_path: Path) -> None:
     evil = "$(touch broken)'`touch broken`\"; touch broken #"
     request = JobRequest(nodes=2, gpus_per_node=0, python=evil, container_image=evil, container_mounts=evil)
