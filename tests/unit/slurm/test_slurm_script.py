@@ -273,6 +273,36 @@ def test_a_container_and_a_prologue(tmp_path: Path) -> None:
     )
 
 
+PROLOGUE = JobRequest(nodes=2, gpus_per_node=0, prologue="the env.sh")
+
+
+def test_a_prologue_runs_in_bash_as_it_comes(tmp_path: Path) -> None:
+    """It may read what is not set and set what it likes, and the script's own settings hold after it."""
+    text = """
+export OMP_NUM_THREADS=7$NOBODY_SETS_THIS
+if ! false | true; then return 1; fi
+folder=elsewhere
+set -e
+"""
+    (tmp_path / "the env.sh").write_text(text)
+    code, out = (job := Job(tmp_path, script_of(PROLOGUE), TRAIN="exit 75")).wait()
+    # With bash's -e, the step's 75 would have ended the script.
+    assert code == 0 and job.calls().endswith(REQUEUED) and "prologue" not in out
+    assert "THREADS=7" in job.calls() and "--output=runs/quickstart/gspo/slurm/" in job.calls()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [('[ -n "$X" ] && export Y=$X\n', 1), ("exit 3\n", 3), ("set -e\nfalse\ntrue\n", 1), (None, 1)],
+)
+def test_a_prologue_that_fails_is_named(tmp_path: Path, text: str | None, expected: int) -> None:
+    if text is not None:  # else there is no such file
+        (tmp_path / "the env.sh").write_text(text)
+    code, out = (job := Job(tmp_path, script_of(PROLOGUE))).wait()
+    assert code == expected and out.count("the prologue the env.sh ended the job with") == 1
+    assert f"with {expected}; mend it, or end it with true if that is no failure\n" in out and job.calls() == ""
+
+
 def test_a_command_of_many_lines_stays_a_comment(tmp_path: Path) -> None:
     words = ["slurm", "--task.prompt_template", "it's\ntouch broken\n#SBATCH --x \\n\r\x1b0\u2028é"]
     runs = [_run(("--task.prompt_template", words[2]))]
