@@ -17,6 +17,8 @@ from gspo_megatron.errors import UserError
 EARLY_S = 60  # SLURM may send the signal so much earlier than asked
 _MOST_LEAD_S = 65535  # of sbatch --signal
 _WORD = re.compile(r"[\w.,:=@%+/\[\]\-]+")
+# --name, --name=any value, -x, or -x value without what sbatch reads as the value's end.
+_OPTION = re.compile(r"(?P<name>--[a-z][a-z0-9-]+)(=.*)?|(?P<letter>-[a-zA-Z])( (?!-)[^\s#\"'\\]+)?")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 # What the script depends on; everything else may be added by --sbatch.
 _OWN_OPTIONS = {
@@ -25,7 +27,11 @@ _OWN_OPTIONS = {
     "--ntasks": "--nodes",
     "-n": "--nodes",
     "--ntasks-per-node": "--nodes",
+    "--tasks": "--nodes",
+    "--tasks-per-node": "--nodes",
     "--gpus-per-node": "--gpus-per-node",
+    "--gpus": "--gpus-per-node",
+    "-G": "--gpus-per-node",
     "--cpus-per-task": "--cpus-per-rank",
     "-c": "--cpus-per-rank",
     "--time": "--time",
@@ -127,13 +133,22 @@ def _flag(name: str) -> str:
 
 
 def _check_option(option: str) -> None:
-    name = re.split(r"[= ]", option, maxsplit=1)[0]
-    if not re.fullmatch(r"-[a-zA-Z]|--[a-z][a-z0-9-]+", name) or not option.isprintable():
-        raise UserError(f"--sbatch={option!r} is no option of sbatch; write it as in --sbatch=--exclusive")
-    if name in _OWN_OPTIONS:
-        raise UserError(f"--sbatch={option} would contradict the rest of the job; use {_OWN_OPTIONS[name]} instead")
-    if name in _FIXED_OPTIONS:
-        raise UserError(f"--sbatch={option} would contradict the script, which needs its own {name}; leave it out")
+    match = _OPTION.fullmatch(option)
+    if match is None or not option.isprintable():
+        raise UserError(
+            f"--sbatch={option!r} is not one option of sbatch; write each by itself and its value behind =, as in "
+            "--sbatch=--exclusive --sbatch=--mem=0"
+        )
+    name = match["name"] or match["letter"]
+    if own := _named(name, list(_OWN_OPTIONS)):
+        raise UserError(f"--sbatch={option} would contradict the rest of the job; use {_OWN_OPTIONS[own]} instead")
+    if fixed := _named(name, _FIXED_OPTIONS):
+        raise UserError(f"--sbatch={option} would contradict the script, which needs its own {fixed}; leave it out")
+
+
+def _named(name: str, options: Sequence[str]) -> str | None:
+    """The option that sbatch takes `name` for: it reads --no-req as --no-requeue."""
+    return next((o for o in options if o == name or (name.startswith("--") and o.startswith(name))), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

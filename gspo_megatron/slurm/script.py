@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,4 +101,12 @@ def _resources(plan: JobPlan, component: Component) -> list[str]:
         found.append(f"--partition={component.partition}")
     if request.account:
         found.append(f"--account={request.account}")
-    return [*found, *request.sbatch]
+    return [*found, *map(_quoted, request.sbatch)]
+
+
+def _quoted(option: str) -> str:
+    """An option as sbatch reads a line: it ends at a space or #, and a backslash counts inside of quotes too."""
+    name, _, value = option.partition("=")
+    if not re.search(r"[\s#\"'\\]", value):
+        return option
+    return f'{name}="' + re.sub(r'(["\\])', r"\\\1", value) + '"'

@@ -59,8 +59,16 @@ def test_the_signal_must_come_after_the_start() -> None:
         ({"server_partition": "b"}, "--server-partition is not read without --server-nodes"),
         ({"server_gpus_per_node": 4}, "--server-gpus-per-node is not read without --server-nodes"),
         ({"container_mounts": "/a:/a"}, "is not read without --container-image"),
-        ({"sbatch": ("exclusive",)}, "is no option of sbatch; write it as in --sbatch=--exclusive"),
-        ({"sbatch": ("--comment=a\n#SBATCH --x",)}, "is no option of sbatch"),
+        ({"sbatch": ("exclusive",)}, "is not one option of sbatch; write each by itself and its value behind =, as in"),
+        ({"sbatch": ("--comment=a\n#SBATCH --x",)}, "is not one option of sbatch"),
+        ({"sbatch": ("--exclusive --no-requeue",)}, "--sbatch='--exclusive --no-requeue' is not one option of sbatch"),
+        ({"sbatch": ("--mem 0",)}, "as in --sbatch=--exclusive --sbatch=--mem=0"),
+        ({"sbatch": ("-O -t 10",)}, "is not one option of sbatch"),
+        ({"sbatch": ("-O -t10",)}, "is not one option of sbatch"),
+        ({"sbatch": ("-w n1#",)}, "is not one option of sbatch"),
+        ({"sbatch": ("--no-req",)}, "use --max-requeues 0 instead"),
+        ({"sbatch": ("--outp=x",)}, "which needs its own --output; leave it out"),
+        ({"sbatch": ("--gpus=8",)}, "use --gpus-per-node instead"),
         ({"sbatch": ("--nodes=2",)}, "use --nodes instead"),
         ({"sbatch": ("-t 10",)}, "use --time instead"),
         ({"sbatch": ("--array=0-3",)}, "use --array instead"),
@@ -72,7 +80,7 @@ def test_what_is_refused(values: dict[str, Any], expected: str) -> None:
 
 
 def test_further_options_of_sbatch() -> None:
-    options = ("--exclusive", "--mail-type=END,FAIL", "-w node[1-4]")
+    options = ("--exclusive", "--mail-type=END,FAIL", "-w node[1-4]", "--comment=a --no-requeue", "--time-min=5")
     assert JobRequest(nodes=1, sbatch=options).sbatch == options
 
 

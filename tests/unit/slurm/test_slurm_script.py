@@ -319,6 +319,18 @@ def test_a_command_of_many_lines_stays_a_comment(tmp_path: Path) -> None:
     assert f"--task.prompt_template {words[2]} --run.resume true" in (tmp_path / "calls").read_bytes().decode()
 
 
+def test_values_of_sbatch_s_options_are_quoted_as_it_reads_them() -> None:
+    """`sbatch -vvv` of 22.05.8 shows what it takes: backslashes count in quotes too, # ends a line."""
+    options = ('--comment=a --no-requeue "b" \\ it\'s', "--mail-user=a#b", "--constraint=a&(b|c)", "-w n[1-2]")
+    script = script_of(replace(CPU, sbatch=options))
+    assert script.split("\n\n")[0].splitlines()[-4:] == [
+        '#SBATCH --comment="a --no-requeue \\"b\\" \\\\ it\'s"',
+        '#SBATCH --mail-user="a#b"',
+        "#SBATCH --constraint=a&(b|c)",
+        "#SBATCH -w n[1-2]",
+    ]
+
+
 def test_words_of_the_user_s_are_quoted(tmp_path: Path) -> None:
     evil = "$(touch broken)'`touch broken`\"; touch broken #"
     request = JobRequest(nodes=2, gpus_per_node=0, python=evil, container_image=evil, container_mounts=evil)
