@@ -126,6 +126,7 @@ def plan_job(runs: Sequence[Run], request: JobRequest, *, is_array: bool = False
 
 def _plan_run(run: Run, request: JobRequest, where: str) -> tuple[Component, Servers | None]:
     try:
+        _check_folder(run.config.run.folder)
         servers = _plan_servers(run, request)
         reserved = _gpus_beside_ranks(run, request, servers)
         ranks = _ranks_per_node(run.config.parallel.layout(), request, reserved)
@@ -133,6 +134,15 @@ def _plan_run(run: Run, request: JobRequest, where: str) -> tuple[Component, Ser
         raise UserError(f"{where}{error}") from None
     trainers = Component(request.nodes, ranks, request.gpus_per_node, request.cpus_per_rank, request.partition)
     return trainers, servers
+
+
+def _check_folder(folder: str) -> None:
+    for character in "%\\":
+        if character in folder:
+            raise UserError(
+                f"run.folder={folder} holds {character}, which srun does not take as it is in the names of its logs; "
+                "use another character"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -189,6 +189,16 @@ def test_array_lines_that_do_not_go_together() -> None:
     assert message.startswith("array line 2 needs other nodes or servers than line 1")
 
 
+@pytest.mark.parametrize("folder", ["runs/%j", "runs/50%", "runs\\a"])
+def test_a_folder_whose_name_srun_would_change(folder: str) -> None:
+    message = refusal([run({}, folder=folder)], JobRequest(nodes=1, gpus_per_node=1))
+    character = "%" if "%" in folder else "\\"
+    assert message.startswith(f"run.folder={folder} holds {character}, which srun") and "use another" in message
+    runs = [run({}, folder="runs/a"), run({}, folder=folder)]
+    message = refusal(runs, JobRequest(nodes=1, gpus_per_node=1), is_array=True)
+    assert message.startswith(f"array line 2: run.folder={folder} holds")
+
+
 def test_the_job_s_name_is_one_that_slurm_takes() -> None:
     assert plan(run({}, folder="runs/größe 1"), JobRequest(nodes=1, gpus_per_node=1)).name == "größe_1"
     assert plan(run({}), JobRequest(nodes=1, gpus_per_node=1, job_name="x")).name == "x"
