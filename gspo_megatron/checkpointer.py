@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -40,7 +41,7 @@ class Checkpointer:
     def __init__(self, job: Job, policy: MegatronPolicy, signals: StopSignals | None) -> None:
         assert isinstance(job.config, TrainConfig)
         self.config, self.job, self.policy, self.signals = job.config, job, policy, signals
-        self._started_at = time.monotonic()
+        self._started_at = psutil.Process().create_time()
         self._newest = -1  # batch of the checkpoint that was last saved or loaded
         self._writing: Background | None = None
         self._writing_batch = -1
@@ -68,11 +69,12 @@ class Checkpointer:
         self.policy.restore(chosen, state.counts, weights_only=weights_only)
         generators = checkpoints.read_json(chosen / checkpoints.RANDOM)
         if len(generators) == self.job.groups.layout.world_size:
-            set_random_state(generators[rank])  # in another number of ranks they start from the seed; nothing draws
+            set_random_state(generators[rank])  # in another number of ranks they start from the seed
         if rank == 0:
             for other in [*damaged, *(p for p in checkpoints.complete(run) if checkpoints.batch_of(p) > state.batch)]:
                 if other.exists():
                     checkpoints.set_aside(other)
+            checkpoints.name_latest(run, chosen)
             run_folder.cut_records(run, state.metrics_bytes, state.samples_bytes)
             rest = ": its weights alone, with new optimizer state" if weights_only else ""
             self._say(f"resuming from {chosen}, after {state.batch} rollout batches{rest}")
@@ -138,7 +140,7 @@ class Checkpointer:
     def _agree(self) -> int:
         """The signal that any rank was sent, or _DEADLINE, or 0. Also takes note of what the writers came to."""
         received = self.signals.received if self.signals is not None else None
-        over = 0 < self.config.checkpoint.deadline_s < time.monotonic() - self._started_at
+        over = 0 < self.config.checkpoint.deadline_s < time.time() - self._started_at
         stop, over_somewhere, running, failed = self._most([received or 0, over, *self._writer_flags()])
         self._settle(running, failed)
         return stop or (_DEADLINE if over_somewhere else 0)
@@ -165,8 +167,7 @@ class Checkpointer:
         writing.stop()
         errors = self.job.gather((writing.error and f"rank {self.job.groups.rank}: {writing.error}") or None)
         if errors is not None:
-            partial = checkpoints.folder_of(self.config.run.folder) / checkpoints.partial_of(batch)
-            shutil.rmtree(partial, ignore_errors=True)  # makes room again
+            self._remove_partial(batch)  # makes room again
             kept = [p.name for p in checkpoints.complete(self.config.run.folder)]
             told = next((e for e in errors if "ended by SIGKILL" not in e), errors[0])
             print_error(
@@ -193,15 +194,22 @@ class Checkpointer:
             if problem:
                 print_error(f"the checkpoint of rollout batch {batch} could not be saved: {problem}\n")
             return
-        share = _Share(self.config, self.policy, self.job.groups.rank, partial, snapshot, state)
+        # Drawn on here: a forked process must not ask a GPU for its generator.
+        share = _Share(self.config, self.policy, self.job.groups.rank, partial, snapshot, state, random_state())
         # What training writes while the other process lives would be copied page by page.
         withheld = [*(c.tensor for c in views.chunks), *self.policy.gradient_buffers] if is_copied else []
         self._writing, self._writing_batch = Background(share.write, withheld=withheld), batch
 
     def close(self) -> None:
-        """Leave nothing running after an error."""
+        """Leave nothing running, and nothing half-written, after an error."""
         if self._writing is not None:
             self._writing.stop()
+            if self.job.groups.rank == 0:
+                self._remove_partial(self._writing_batch)
+
+    def _remove_partial(self, batch: int) -> None:
+        partial = checkpoints.folder_of(self.config.run.folder) / checkpoints.partial_of(batch)
+        shutil.rmtree(partial, ignore_errors=True)
 
     def _most(self, values: list[Any]) -> list[int]:
         """The largest of each over all ranks."""
@@ -224,13 +232,14 @@ class _Share:
     partial: Path
     snapshot: Snapshot
     state: TrainerState
+    random: dict[str, Any]  # this rank's generators
 
     def write(self) -> None:
         """This rank's file; at rank 0 then what makes a checkpoint of all ranks' files."""
         entries, total = write_chunks(
             self.partial / f"__{self.rank}_0.distcp", self.snapshot.chunks, self.snapshot.objects
         )
-        part = {"entries": dump_entries(entries), "sum": dataclasses.asdict(total), "random": random_state()}
+        part = {"entries": dump_entries(entries), "sum": dataclasses.asdict(total), "random": self.random}
         written = self.partial / f".part_{self.rank}.new"
         checkpoints.write_json(written, part)
         written.rename(self._part(self.rank))
@@ -258,7 +267,10 @@ class _Share:
         write_checksums(self.partial, sums)
         checkpoints.publish(self.config.run.folder, self.state.batch)
         settings = self.config.checkpoint
-        checkpoints.prune(self.config.run.folder, keep_last=settings.keep_last, keep_every=settings.keep_every)
+        try:
+            checkpoints.prune(self.config.run.folder, keep_last=settings.keep_last, keep_every=settings.keep_every)
+        except OSError as error:  # the new one is saved all the same
+            print_error(f"an old checkpoint could not be removed: {error}\n")
 
     def _describe(self) -> None:
         """What Megatron and the conversion expect beside the tensors."""

@@ -114,13 +114,22 @@ def publish(run: str | Path, batch: int) -> Path:
     """Give a complete partial folder its name, then name it in `latest`. All its files are synced already."""
     folder = folder_of(run)
     final = folder / name_of(batch)
-    _sync_folder(folder / partial_of(batch))
-    (folder / partial_of(batch)).rename(final)
+    partial = folder / partial_of(batch)
+    for path in (*(p for p in partial.iterdir() if p.is_dir()), partial):
+        _sync_folder(path)
+    partial.rename(final)
+    name_latest(run, final)
+    _sync_folder(folder.parent)
+    return final
+
+
+def name_latest(run: str | Path, checkpoint: Path) -> None:
+    """Have `latest` name a complete checkpoint."""
+    folder = folder_of(run)
     pending = folder / f".{LATEST}.partial"
-    _write(pending, final.name + "\n")
+    _write(pending, checkpoint.name + "\n")
     pending.rename(folder / LATEST)
     _sync_folder(folder)
-    return final
 
 
 def prune(run: str | Path, *, keep_last: int, keep_every: int) -> None:

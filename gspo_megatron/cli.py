@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import IO, TYPE_CHECKING, NoReturn
 
 from gspo_megatron.config import SftConfig, TrainConfig
 from gspo_megatron.errors import UserError, nearest
@@ -74,7 +74,7 @@ class _RankedCommand:
         launch.check_local_devices(world_size)
         if self._is_finished(config):
             return EXIT_DONE
-        self._prepare(config)
+        lock = self._prepare(config)
         if world_size == 1:
             with launch.single_rank_environment():
                 return self._as_rank(arguments, signals, prepared=True)
@@ -82,6 +82,7 @@ class _RankedCommand:
         exit_code = launch.launch_local(world_size, rank, signals)
         if exit_code in (EXIT_USER_ERROR, EXIT_FAILED):
             self._release(config)
+        del lock  # held until here
         return exit_code
 
     def _as_rank(self, arguments: Arguments, signals: StopSignals | None, *, prepared: bool = False) -> int:
@@ -95,14 +96,14 @@ class _RankedCommand:
             if not has_launcher and self._is_finished(config, is_said=board.rank == 0):
                 return EXIT_DONE
             prepares = board.rank == 0 and not has_launcher
-            if prepares:
-                self._prepare(config)
+            lock = self._prepare(config) if prepares else None
             try:
                 exit_code = self._work(config, signals)
             except Exception:
                 if prepares or prepared:
                     self._release(config)
                 raise
+            del lock  # held until here
         if board.world_size > 1:
             # Megatron's DDP keeps process groups alive, and their threads may abort an interpreter that winds down.
             end_process(exit_code)
@@ -112,15 +113,14 @@ class _RankedCommand:
         path, overrides = _config_and_overrides(self.name, arguments)
         return _load(self.config, path, overrides)
 
-    def _prepare(self, config: TrainConfig | SftConfig) -> None:
-        """Refuse what can't work, say what will be done, make the run folder."""
+    def _prepare(self, config: TrainConfig | SftConfig) -> IO[str] | None:
+        """Refuse what can't work, say what will be done, make the run folder; returns its lock."""
         from gspo_megatron import preflight, run_folder
 
         checked = _check(config) if self.writes_run_folder else preflight.check_eval(_train(config))
         inputs = preflight.check_inputs(config)
         print(checked.describe(), inputs.describe(), sep="\n", flush=True)
-        if self.writes_run_folder:
-            run_folder.prepare(config)
+        return run_folder.prepare(config) if self.writes_run_folder else None
 
     def _is_finished(self, config: TrainConfig | SftConfig, *, is_said: bool = True) -> bool:
         """Whether run.resume finds nothing to do. Every rank looks by itself."""

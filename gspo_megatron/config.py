@@ -488,8 +488,8 @@ class CheckpointConfig:
     async_save: bool = True
     """Write while training goes on. One checkpoint at most is being written; the next waits for it."""
     deadline_s: float = 0.0
-    """Save and stop, with exit code 75, at the first rollout batch that ends so many seconds after the start;
-    0: never."""
+    """Save and stop, with exit code 75, at the first rollout batch that ends so many seconds after the ranks' processes
+    have started; 0: never."""
     load: Literal["all", "weights"] = "all"
     """What run.resume takes from the checkpoint: all; or the weights alone, with new optimizer state, for layouts and
     settings that the optimizer's state does not fit."""

@@ -131,6 +131,8 @@ def launch_local(ranks: int, command: Sequence[str], signals: StopSignals | None
             local_addr="127.0.0.1",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=log_dir),
+            # On those it handles torch's launcher ends the ranks, and kills them after 30 seconds.
+            signals_to_handle="SIGINT,SIGHUP,SIGQUIT" if signals is not None else "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
         )
         try:
             with _passing_on(signals, command):
@@ -151,9 +153,6 @@ def _passing_on(signals: StopSignals | None, command: Sequence[str]) -> Iterator
     if signals is None:
         yield
         return
-    variable = "TORCHELASTIC_SIGNALS_TO_HANDLE"
-    before = os.environ.get(variable)
-    os.environ[variable] = "SIGINT,SIGHUP,SIGQUIT"  # of SIGTERM torch's launcher would kill the ranks
     signals.on_signal = partial(_pass_on, command)
     if signals.received is not None:  # before there were ranks
         threading.Thread(target=_pass_on, args=(command, signals.received), daemon=True).start()
@@ -162,7 +161,6 @@ def _passing_on(signals: StopSignals | None, command: Sequence[str]) -> Iterator
             yield
     finally:
         signals.on_signal = None
-        os.environ.pop(variable) if before is None else os.environ.__setitem__(variable, before)
 
 
 def _pass_on(command: Sequence[str], number: signal.Signals) -> None:

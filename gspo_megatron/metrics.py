@@ -10,13 +10,14 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from gspo_megatron.errors import UserError, nearest
+from gspo_megatron.errors import CauseError, UserError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,19 @@ def _json_line(values: Mapping[str, float | int | str | None]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def _append(file: FileIO, line: str) -> None:
+    # backslashreplace: a lone surrogate in a response has no UTF-8 form, but "\udXXX" is its valid JSON escape.
+    data = line.encode("utf-8", "backslashreplace")
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError as error:
+        raise CauseError(
+            f"{file.name!s} cannot be written: {error.strerror}. Make room; the same command with --run.resume then "
+            "goes on from the newest checkpoint"
+        ) from error
+
+
 def _drop_incomplete_line(path: Path) -> None:
     """Cut off what a killed run left of a last line, so that what is appended starts on a line of its own."""
     if not path.exists():
@@ -155,9 +169,9 @@ class MetricsWriter:
         self._wandb_run = _open_wandb(folder, wandb_project, config) if wandb_project else None
         for name in ("metrics.jsonl", "samples.jsonl"):
             _drop_incomplete_line(folder / name)
-        # backslashreplace: a lone surrogate in a response has no UTF-8 form, but "\udXXX" is its valid JSON escape.
-        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8", errors="backslashreplace")
-        self._samples = (folder / "samples.jsonl").open("a", encoding="utf-8", errors="backslashreplace")
+        # Nothing is buffered: what did not fit on a full disk must not be tried again while the run ends.
+        self._metrics = (folder / "metrics.jsonl").open("ab", buffering=0)
+        self._samples = (folder / "samples.jsonl").open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one rollout batch's metrics. Keys of METRICS that the row lacks are written as null.
@@ -171,8 +185,7 @@ class MetricsWriter:
         step = values["step"]
         if not isinstance(step, int):
             raise ValueError(f"a row of metrics needs an integer step, not {step!r}")
-        self._metrics.write(_json_line(values))
-        self._metrics.flush()
+        _append(self._metrics, _json_line(values))
         numbers = {k: v for k, v in values.items() if v is not None and k not in TEXT_METRICS}
         if self._tensorboard is not None:
             for key, value in numbers.items():
@@ -189,8 +202,7 @@ class MetricsWriter:
             ValueError: a key is not in SAMPLE_FIELDS.
         """
         for row in rows:
-            self._samples.write(_json_line(_complete({**row, "step": step}, SAMPLE_FIELDS, "field of a sample")))
-        self._samples.flush()
+            _append(self._samples, _json_line(_complete({**row, "step": step}, SAMPLE_FIELDS, "field of a sample")))
 
     def positions(self) -> tuple[int, int]:
         """Bytes of metrics.jsonl and samples.jsonl, which are on the disk when this returns."""

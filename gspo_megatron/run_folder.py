@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import errno
+import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from gspo_megatron import checkpoints
 from gspo_megatron.config import SftConfig, TrainConfig
@@ -18,8 +21,10 @@ from gspo_megatron.errors import UserError
 CONFIG_FILE = "config.toml"
 RECORDS = ("metrics.jsonl", "samples.jsonl")
 FINAL = "final"
+FINISHED = "finished"  # the rollout batches that `final` is of
+LOCK = ".lock"
 SAVED_FOLDERS = (FINAL, "tensorboard", "profile", checkpoints.FOLDER)
-RUN_FILES = (CONFIG_FILE, *RECORDS, "report.html", "report.png")
+RUN_FILES = (CONFIG_FILE, *RECORDS, FINISHED, "report.html", "report.png")
 
 
 def problems(config: TrainConfig | SftConfig) -> list[str]:
@@ -38,7 +43,7 @@ def problems(config: TrainConfig | SftConfig) -> list[str]:
         return [f"run.folder={folder} is the model's own folder, model.path; give another folder"]
     found = [name for name in (CONFIG_FILE, *RECORDS, *SAVED_FOLDERS) if os.path.lexists(folder / name)]
     if config.run.resume:
-        return _changes(config) if found else []
+        return [*_changes(config), *_nothing_to_resume(folder)] if found else []
     if not config.run.overwrite:
         if not found:
             return []
@@ -69,6 +74,18 @@ _FIXED: dict[str, set[str]] = {
 _WITH_WEIGHTS_ALONE = "optimizer"  # may change under checkpoint.load = "weights"
 
 
+def _nothing_to_resume(folder: Path) -> list[str]:
+    """A run that has ended, and left nothing to go on from, is not begun anew in its own folder."""
+    if checkpoints.complete(folder) or not (folder / FINAL).exists():
+        return []
+    batches = _finished(folder) or "its"
+    return [
+        f"run.resume: the run in {folder} has ended after {batches} rollout batches, and there is no checkpoint to go "
+        "on from (checkpoint.every was 0); start another from its final/ in another run.folder, or replace it by "
+        "--run.overwrite"
+    ]
+
+
 def _changes(config: TrainConfig | SftConfig) -> list[str]:
     """What the folder's run was started with and may not change in its middle, with both values."""
     folder = Path(config.run.folder)
@@ -87,26 +104,27 @@ def _changes(config: TrainConfig | SftConfig) -> list[str]:
         f"run.resume: {section}.{name}={new!r}, but the run in {folder} was started with {old!r}; set it to that, or "
         "give another run.folder"
         for section, name, old, new in pairs
-        if old != new
+        if old != new and not (name == "path" and Path(str(old)).resolve() == Path(str(new)).resolve())
     ]
 
 
 def is_finished(config: TrainConfig | SftConfig) -> bool:
-    """Whether run.resume finds nothing left to do: all rollout batches recorded, the weights saved."""
+    """Whether run.resume finds nothing left to do: the weights after all rollout batches are saved."""
     folder = Path(config.run.folder)
     if not (isinstance(config, TrainConfig) and config.run.resume and (folder / FINAL).is_dir()):
         return False
-    return _last_step(folder / RECORDS[0]) >= config.train.rollout_batches
+    batches = _finished(folder)
+    return batches is not None and batches >= config.train.rollout_batches
 
 
-def _last_step(records: Path) -> int:
-    """Step of the last whole line; -1 without one."""
-    lines = records.read_bytes().splitlines(keepends=True) if records.is_file() else []
-    whole = [line for line in lines[-2:] if line.endswith(b"\n")]
-    try:
-        return int(json.loads(whole[-1])["step"]) if whole else -1
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{records}: the last line is no record of a run; remove it") from None
+def _finished(folder: Path) -> int | None:
+    path = folder / FINISHED
+    if not path.is_file():
+        return None
+    text = path.read_text(errors="replace").strip()
+    if not text.isdecimal():
+        raise UserError(f"{path} must hold the number of rollout batches that {FINAL}/ is of, not {text[:40]!r}")
+    return int(text)
 
 
 def cut_records(folder: str | Path, metrics_bytes: int, samples_bytes: int) -> None:
@@ -115,23 +133,25 @@ def cut_records(folder: str | Path, metrics_bytes: int, samples_bytes: int) -> N
     Raises:
         UserError: they are shorter than that, or no record ends there.
     """
-    for name, size in zip(RECORDS, (metrics_bytes, samples_bytes), strict=True):
-        path = Path(folder) / name
+    sizes = {Path(folder) / name: size for name, size in zip(RECORDS, (metrics_bytes, samples_bytes), strict=True)}
+    for path, size in sizes.items():
         content = path.read_bytes()[:size] if path.is_file() else b""
         if len(content) < size or (content and not content.endswith(b"\n")):
             raise UserError(
                 f"{path} is not what it was when the checkpoint was saved: its first {size} bytes must be whole lines. "
                 "Put it back, or give another run.folder"
             )
+    for path, size in sizes.items():
         if path.is_file():
             os.truncate(path, size)
 
 
-def remove_final(folder: str | Path) -> None:
-    """Make room for the weights of a run that was resumed beyond its first end."""
+def make_way_for_final(folder: str | Path, batches: int) -> None:
+    """Before `final` is made of the weights after so many rollout batches: remove that of an earlier end of the run."""
     path = Path(folder) / FINAL
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    (Path(folder) / FINISHED).write_text(f"{batches}\n")
 
 
 def _not_removable(folder: Path) -> Iterator[str]:
@@ -147,28 +167,66 @@ def _not_removable(folder: Path) -> Iterator[str]:
         )
 
 
-def prepare(config: TrainConfig | SftConfig) -> Path:
-    """Make the run folder and write the resolved config into it; returns its path.
+def prepare(config: TrainConfig | SftConfig) -> IO[str]:
+    """Make the run folder and write the resolved config into it; returns its lock, to be kept until the run ends.
 
-    Under `run.overwrite` the records, the report and the saved weights of an earlier run are removed; under
-    `run.resume` only where there is no checkpoint to go on from.
+    Under `run.overwrite` the records, the report and the saved weights of an earlier run are removed. Under
+    `run.resume`, where there is no checkpoint to go on from, records are set aside.
 
     Raises:
-        UserError: the folder holds another run, or can't be written.
+        UserError: the folder holds another run, a run is under way in it, or it can't be written.
     """
     if messages := problems(config):
         raise UserError("\n".join(messages))
     folder = Path(config.run.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+        checkpoints.remove_partial(folder)  # what a killed run has left may fill the disk
         if not (config.run.resume and checkpoints.complete(folder)):
+            if config.run.resume:
+                _set_records_aside(folder)
             _clear(folder)
         pending = folder / f".{CONFIG_FILE}.partial"
         pending.write_text(dump_config(resolve(config)), encoding="utf-8")
         pending.rename(folder / CONFIG_FILE)
     except OSError as error:
         raise UserError(f"run.folder={folder} cannot be written: {error}") from None
-    return folder
+    return lock
+
+
+def _lock(folder: Path) -> IO[str]:
+    """The folder's lock, which ends with this process. A file system without locks gives one that nobody respects."""
+    lock = (folder / LOCK).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(
+            f"a run is under way in run.folder={folder} ({lock.read().strip() or 'of another process'}); wait for its "
+            "end, or give another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
+def _set_records_aside(folder: Path) -> None:
+    """Records of a run that was killed before its first checkpoint: it begins anew, without losing them."""
+    for name in RECORDS:
+        path = folder / name
+        if path.is_file() and path.stat().st_size:
+            number = 0
+            while (other := folder / f"{name}.unused{number or ''}").exists():
+                number += 1
+            path.rename(other)
+            print(
+                f"{folder} has no checkpoint to go on from: the run begins anew; {name} is now {other.name}", flush=True
+            )
 
 
 def _clear(folder: Path) -> None:
@@ -186,7 +244,7 @@ def release(config: TrainConfig | SftConfig) -> None:
         return
     if checkpoints.complete(folder):
         return
-    for name in (CONFIG_FILE, *RECORDS):
+    for name in (CONFIG_FILE, LOCK, *RECORDS):
         (folder / name).unlink(missing_ok=True)
     if (folder / "tensorboard").is_dir() and not (folder / "tensorboard").is_symlink():
         shutil.rmtree(folder / "tensorboard")  # the failed run's own: it started without one

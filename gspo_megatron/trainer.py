@@ -139,7 +139,7 @@ class Trainer:
     def save(self) -> None:
         """The weights as a Hugging Face folder."""
         if self.job.groups.rank == 0:
-            run_folder.remove_final(self.config.run.folder)
+            run_folder.make_way_for_final(self.config.run.folder, self.config.train.rollout_batches)
         self.policy.save_hf(Path(self.config.run.folder) / run_folder.FINAL)
 
     def recorded(self, batch: int) -> AbstractContextManager[None]:

@@ -106,8 +106,11 @@ def test_every_rank_leaves_with_75(number: signal.Signals, ranks: int, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["launcher", "everything"])
-def test_the_launcher_passes_signals_on(to: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("to", "number"),
+    [("launcher", signal.SIGUSR1), ("launcher", signal.SIGTERM), ("everything", signal.SIGUSR1)],
+)
+def test_the_launcher_passes_signals_on(to: str, number: signal.Signals, tmp_path: Path) -> None:
     job = Job(tmp_path / "run", FOUR)
     launcher = job.start()
     before = job.wait_for_rows(2)
@@ -116,7 +119,7 @@ def test_the_launcher_passes_signals_on(to: str, tmp_path: Path) -> None:
         processes += processes[0].children(recursive=True)
         assert len(processes) >= 5
     for process in processes:
-        process.send_signal(signal.SIGUSR1)
+        process.send_signal(number)
     assert job.wait() == [75], job.output()
     batch = job.check_saved(before)
     again = Job(tmp_path / "run", FOUR, **{"train.rollout_batches": str(batch + 1)})

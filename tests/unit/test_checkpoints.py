@@ -44,6 +44,8 @@ def test_a_checkpoint_appears_when_it_is_complete(tmp_path: Path) -> None:
         assert checkpoints.batch_of(made) == batch
         assert (tmp_path / "checkpoints" / "latest").read_text() == made.name + "\n"
     assert names(tmp_path) == ["step_123456789", "step_00000003", "step_00000002"]
+    checkpoints.name_latest(tmp_path, checkpoints.complete(tmp_path)[1])
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000003\n"
     checkpoints.remove_partial(tmp_path)
     assert not list((tmp_path / "checkpoints").glob(".*"))
     assert checkpoints.read_trainer_state(made) == STATE and checkpoints.damage(made) == []

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gspo_megatron.errors import UserError
+from gspo_megatron.errors import CauseError, UserError
 from gspo_megatron.metrics import METRICS, SAMPLE_FIELDS, MetricsWriter, summarize_ratios
 
 DOCUMENTED = [
@@ -253,3 +253,12 @@ def test_ratio_summary_does_not_hide_non_finite_ratios(bad: float) -> None:
 def test_ratio_summary_refuses_vectors_that_do_not_match() -> None:
     with pytest.raises(AssertionError, match=r"different lengths \[2, 3\]"):
         summarize_ratios(np.zeros(3), np.zeros(2), np.zeros(2), np.zeros(2), np.zeros(2))
+
+
+def test_a_full_disk_is_said_with_what_helps(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with MetricsWriter(tmp_path, tensorboard=False, wandb_project="", config={}) as writer:
+        with pytest.raises(CauseError, match=r"metrics\.jsonl cannot be written: No space left on device\. Make room"):
+            writer.write({"step": 0})
+        with pytest.raises(CauseError):  # nothing of the first try is left over
+            writer.write({"step": 1})

@@ -397,8 +397,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_resolved_config_is_written(config: TrainConfig) -> None:
-    folder = run_folder.prepare(config)
-    assert folder == Path(config.run.folder)
+    run_folder.prepare(config)
+    folder = Path(config.run.folder)
     written = load_config(TrainConfig, folder / "config.toml")
     assert (written.algorithm.clip_low, written.algorithm.clip_high, written.algorithm.mini_batches) == (3e-4, 4e-4, 4)
     assert dataclasses.replace(written, algorithm=AlgorithmConfig()) == config
@@ -420,12 +420,13 @@ def test_a_folder_that_holds_a_run_is_left_alone(config: TrainConfig, existing: 
 
 
 def test_overwrite_replaces_the_run_and_nothing_else(config: TrainConfig) -> None:
-    folder = run_folder.prepare(config)
+    run_folder.prepare(config)
+    folder = Path(config.run.folder)
     for name in ("metrics.jsonl", "samples.jsonl", "report.png", "final/model.safetensors", "notes.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("old")
     run_folder.prepare(changed(config, "run", overwrite=True, seed=5))
-    assert sorted(snapshot(folder)) == ["config.toml", "notes.txt"]
+    assert sorted(snapshot(folder)) == [".lock", "config.toml", "notes.txt"]
     assert load_config(TrainConfig, folder / "config.toml").run.seed == 5
 
 
@@ -450,7 +451,8 @@ def test_run_folders_that_cannot_be(config: TrainConfig, model: Path, tmp_path: 
 
 @pytest.mark.parametrize("name", ["final", "tensorboard"])
 def test_overwrite_is_refused_before_anything_is_removed(config: TrainConfig, tmp_path: Path, name: str) -> None:
-    folder = run_folder.prepare(config)
+    run_folder.prepare(config)
+    folder = Path(config.run.folder)
     (folder / "metrics.jsonl").write_text("old")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").write_text("kept")
@@ -476,7 +478,8 @@ def test_a_run_folder_that_is_a_dangling_link(config: TrainConfig, tmp_path: Pat
 
 
 def test_a_refused_start_frees_the_folder(config: TrainConfig) -> None:
-    folder = run_folder.prepare(config)
+    run_folder.prepare(config)
+    folder = Path(config.run.folder)
     (folder / "metrics.jsonl").touch()
     (folder / "tensorboard").mkdir()
     (folder / "tensorboard" / "events").write_text("x")
@@ -485,7 +488,8 @@ def test_a_refused_start_frees_the_folder(config: TrainConfig) -> None:
 
 
 def test_a_run_with_records_is_not_taken_back(config: TrainConfig) -> None:
-    folder = run_folder.prepare(config)
+    run_folder.prepare(config)
+    folder = Path(config.run.folder)
     (folder / "metrics.jsonl").write_text("{}\n")
     before = snapshot(folder)
     run_folder.release(config)

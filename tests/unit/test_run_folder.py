@@ -44,7 +44,8 @@ def record(folder: Path, *steps: int, rest: str = "") -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Of a run that has been prepared, and has a checkpoint."""
-    path = run_folder.prepare(make(tmp_path / "run"))
+    path = tmp_path / "run"
+    run_folder.prepare(make(path))
     (path / "checkpoints" / "step_00000001").mkdir(parents=True)
     record(path, 0, 1)
     return path
@@ -63,8 +64,40 @@ def test_a_run_with_a_checkpoint_is_kept_and_its_config_replaced(folder: Path) -
 
 def test_a_run_without_a_checkpoint_starts_anew(folder: Path) -> None:
     (folder / "checkpoints" / "step_00000001").rmdir()
+    kept = (folder / "metrics.jsonl").read_text()
+    for name in ("metrics.jsonl.unused", "metrics.jsonl.unused1"):
+        run_folder.prepare(make(folder))
+        assert not (folder / "metrics.jsonl").exists() and (folder / "config.toml").exists()
+        assert (folder / name).read_text() == kept
+        record(folder, 0, 1)
+
+
+def test_a_run_that_ended_without_a_checkpoint_is_not_begun_anew(folder: Path) -> None:
+    (folder / "checkpoints" / "step_00000001").rmdir()
+    run_folder.make_way_for_final(folder, 2)
+    (folder / "final").mkdir()
+    longer = make(folder, train=TrainLoopConfig(rollout_batches=3))
+    assert run_folder.is_finished(make(folder)) and not run_folder.is_finished(longer)
+    with pytest.raises(UserError, match="has ended after 2 rollout batches, and there is no checkpoint to go on from"):
+        run_folder.prepare(longer)
+    assert (folder / "metrics.jsonl").exists() and (folder / "final").is_dir()
+
+
+def test_one_run_at_a_time_in_a_folder(folder: Path) -> None:
+    lock = run_folder.prepare(make(folder))
+    with pytest.raises(UserError, match=rf"a run is under way in run\.folder={folder} \(process \d+ on .+\); wait for"):
+        run_folder.prepare(make(folder))
+    lock.close()
     run_folder.prepare(make(folder))
-    assert not (folder / "metrics.jsonl").exists() and (folder / "config.toml").exists()
+    run_folder.release(make(tmp := folder.parent / "other"))
+    assert not tmp.exists()
+    assert (folder / ".lock").exists()
+
+
+def test_leftovers_make_room_before_anything_is_written(folder: Path) -> None:
+    (folder / "checkpoints" / ".step_00000002.partial").mkdir()
+    run_folder.prepare(make(folder))
+    assert not (folder / "checkpoints" / ".step_00000002.partial").exists()
 
 
 @pytest.mark.parametrize(
@@ -114,16 +147,19 @@ def test_sft_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_a_finished_run(folder: Path) -> None:
+    longer = make(folder, train=TrainLoopConfig(rollout_batches=3))
+    assert not run_folder.is_finished(make(folder))
+    run_folder.make_way_for_final(folder, 2)
     assert not run_folder.is_finished(make(folder))
     (folder / "final").mkdir()
-    assert not run_folder.is_finished(make(folder))
-    record(folder, 0, 1, 2)
-    assert run_folder.is_finished(make(folder))
-    assert not run_folder.is_finished(make(folder, train=TrainLoopConfig(rollout_batches=3)))
-    record(folder, 0, 1, rest='{"step": 2')
-    assert not run_folder.is_finished(make(folder))
-    record(folder, 0, 1, rest="nonsense\n")
-    with pytest.raises(UserError, match="the last line is no record of a run"):
+    assert run_folder.is_finished(make(folder)) and not run_folder.is_finished(longer)
+    record(folder, 0, 1, 2, 3)  # the longer run, killed before it made a new `final`
+    assert not run_folder.is_finished(longer)
+    run_folder.make_way_for_final(folder, 3)
+    assert not (folder / "final").exists() and not run_folder.is_finished(longer)
+    (folder / "final").mkdir()
+    (folder / "finished").write_text("nonsense\n")
+    with pytest.raises(UserError, match="must hold the number of rollout batches that final/ is of, not 'nonsense'"):
         run_folder.is_finished(make(folder))
 
 
@@ -135,5 +171,10 @@ def test_records_are_cut_to_the_checkpoint(folder: Path) -> None:
     for sizes in ((len(kept) + 1, 3), (len(kept) - 1, 3), (len(kept), 99)):
         with pytest.raises(UserError, match="is not what it was when the checkpoint was saved"):
             run_folder.cut_records(folder, *sizes)
+    record(folder, 0, 1, 2)
+    longer = (folder / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="is not what it was"):
+        run_folder.cut_records(folder, len(kept), 99)
+    assert (folder / "metrics.jsonl").read_text() == longer, "nothing is cut where not all can be"
     (folder / "samples.jsonl").unlink()
     run_folder.cut_records(folder, len(kept), 0)
