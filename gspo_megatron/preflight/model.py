@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Callable
 from math import gcd
 from typing import TYPE_CHECKING
 
 from gspo_megatron.config import SftConfig, TrainConfig
-from gspo_megatron.errors import UserError
 from gspo_megatron.preflight.result import Problems, divisors, one_of
 from gspo_megatron.weights.grouped import misaligned
 
@@ -21,29 +19,7 @@ def read_model(path: str) -> tuple[Family, ModelFields]:
     """Family and fields of the model folder; a hand-written config.json may hold anything."""
     from gspo_megatron.weights.families import load_fields
 
-    try:
-        family, fields = load_fields(path)
-    except UserError:
-        raise
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{path}/config.json holds a value of a wrong type: {error}") from error
-    _check_numbers(path, fields)
-    return family, fields
-
-
-def _check_numbers(path: str, fields: ModelFields) -> None:
-    for item in dataclasses.fields(fields):
-        value = getattr(fields, item.name)
-        if str(item.type).startswith("int") and item.name not in ("experts_per_token", "expert_ffn_hidden_size"):
-            if value is None and item.type == "int | None":
-                continue
-            if type(value) is not int or value < 1:
-                raise UserError(f"{path}/config.json: {item.name}={value!r} must be a positive integer")
-    if fields.num_experts is not None and not 1 <= fields.experts_per_token <= fields.num_experts:
-        raise UserError(
-            f"{path}/config.json: num_experts_per_tok={fields.experts_per_token} must lie between 1 and "
-            f"num_experts={fields.num_experts}"
-        )
+    return load_fields(path)
 
 
 def check_weights(path: str, family: Family, fields: ModelFields) -> None:
@@ -146,6 +122,11 @@ def check_family(config: TrainConfig | SftConfig, family: Family, problems: Prob
         f'rollout.engine="sglang" with sglang.check="{config.sglang.check}": what a server makes of the tensors of a '
         f'{kind} model is not known, so that its weights can\'t be checked; use sglang.check="off" '
         '(sglang.probe_prompts still compares log-probabilities), or rollout.engine="embedded"',
+    )
+    problems.require(
+        config.rollout.engine != "sglang" or config.sglang.tensor == 1 or family.split_by_servers,
+        f"sglang.tensor={config.sglang.tensor}: SGLang can't split a {kind} model, whose queries and keys are "
+        "normalised over all heads together; use 1, and sglang.servers for more GPUs",
     )
     problems.require(
         config.model.attention == "torch" or family.known_to_transformer_engine,

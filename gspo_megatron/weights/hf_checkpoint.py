@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.types import NamedTensor
+from gspo_megatron.weights.families.base import FURTHER_TOKEN_MARK
 from gspo_megatron.weights.rules import TensorSpec
 from gspo_megatron.weights.safetensors_header import DTYPES, Header, StoredTensor, read_header, without_duplicates
 
@@ -170,6 +171,12 @@ class HFCheckpoint:
                 f"{self.folder} does not match its config.json: missing {_listing(missing)}; "
                 f"unexpected {_listing(extra)}"
             )
+        for prefix in left_out:
+            if prefix + FURTHER_TOKEN_MARK not in self.file_of and any(n.startswith(prefix) for n in self.file_of):
+                raise UserError(
+                    f"{self.folder} has {prefix}* behind the last of config.json's num_hidden_layers, which is no "
+                    f"layer that predicts further tokens: it lacks {FURTHER_TOKEN_MARK}; correct num_hidden_layers"
+                )
         wrong = [
             f"{name} is {list(self.shape(name))}, config.json implies {list(shape)}"
             for name, shape in expected.items()

@@ -32,7 +32,7 @@ from gspo_megatron.config_io import load_config
 from gspo_megatron.errors import UserError
 from gspo_megatron.preflight.model import check_family
 from gspo_megatron.preflight.result import Problems
-from gspo_megatron.weights.families import load_fields, qwen3_moe
+from gspo_megatron.weights.families import load_fields, olmoe, qwen3_moe
 from gspo_megatron.weights.families.base import Family
 
 MODEL = Path(__file__).parents[2] / "examples" / "quickstart" / "model"  # 2 layers, 4 heads, 2 kv heads, 8 experts
@@ -155,6 +155,14 @@ def test_missing_model_folder(config: TrainConfig) -> None:
 def test_folder_without_config(config: TrainConfig, model: Path) -> None:
     (model / "config.json").unlink()
     assert "config.json is missing" in refusal(config)
+
+
+def test_a_checkpoint_of_megatrons_is_told_apart(config: TrainConfig, model: Path) -> None:
+    (model / "config.json").unlink()
+    (model / "gspo_megatron.json").write_text("{}")
+    message = refusal(config)
+    assert "config.json is missing" in message and "is a checkpoint of Megatron's (gspo_megatron.json is" in message
+    assert message.endswith(f"`tools/convert_checkpoint.py export {model} OUT_DIR`")
 
 
 def test_config_that_is_no_json(config: TrainConfig, model: Path) -> None:
@@ -544,6 +552,20 @@ def test_servers_must_know_the_family_unless_nothing_is_checked(config: TrainCon
     assert not problems_of(changed(config, "rollout", engine="embedded"), stranger)
     [message] = problems_of(changed(config, "model", attention="transformer_engine"), stranger)[1:]
     assert message == 'model.attention="transformer_engine" is not set up for stranger models; use "torch"'
+
+
+def test_servers_of_several_gpus_must_be_able_to_split_the_family(config: TrainConfig) -> None:
+    for family, refused in ((olmoe.FAMILY, True), (qwen3_moe.FAMILY, False)):
+        for tensor in (1, 2):
+            problems = Problems()
+            check_family(
+                changed(changed(config, "rollout", engine="sglang"), "sglang", tensor=tensor), family, problems
+            )
+            said = [m for m in problems.messages if m.startswith("sglang.tensor=2: SGLang can't split a olmoe model")]
+            assert len(said) == len(problems.messages) == (refused and tensor == 2)
+        problems = Problems()
+        check_family(changed(config, "sglang", tensor=2), family, problems)
+        assert not problems.messages
 
 
 def test_experts_with_biases_are_kept_together_and_whole(config: TrainConfig, model: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.weights.conversion.hf_layout import HFLayout, read_layout
-from gspo_megatron.weights.families import find_family, read_hf_config
+from gspo_megatron.weights.families import IMPOSSIBLE, read_fields, read_hf_config
 from gspo_megatron.weights.families.base import Family, ModelFields
 from gspo_megatron.weights.hf_checkpoint import INDEX, SINGLE, HFCheckpoint, check_companions
 from gspo_megatron.weights.rules import Copy, TensorSpec, Vocabulary
@@ -72,19 +72,10 @@ def read_architecture(folder: Path) -> Architecture:
         except UserError as error:
             message = str(error)
             raise UserError(message if str(folder) in message else f"{path}: {message}") from None
-        except (
-            TypeError,
-            ValueError,
-            AttributeError,
-            KeyError,
-            ArithmeticError,
-            RuntimeError,
-            AssertionError,
-        ) as error:
+        except IMPOSSIBLE as error:
             raise UserError(f"{path} describes no possible model: {type(error).__name__}: {error}") from None
 
-    family = guarded(lambda: find_family(config))
-    fields = guarded(lambda: family.fields(config))
+    family, fields = guarded(lambda: read_fields(config, path))
     specs = guarded(lambda: family.specs(fields))
     guarded(lambda: [megatron_shape(spec) for spec in specs])
     origins = {name: (spec, i) for spec in specs if not spec.load_only for i, name in enumerate(spec.hf)}

@@ -9,7 +9,8 @@ from typing import Any
 from gspo_megatron.errors import UserError, nearest
 from gspo_megatron.weights.families import deepseek_v3, glm4_moe, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
 from gspo_megatron.weights.families.base import Family, ModelFields
-from gspo_megatron.weights.families.config_types import check_types
+from gspo_megatron.weights.families.config_types import check_fields, check_types
+from gspo_megatron.weights.torch_dist.description import DESCRIPTION
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -35,12 +36,21 @@ REFUSED: dict[str, str] = {
     "ranks, and Megatron-Core has them with Transformer Engine only",
 }
 
+# What reading numbers that fit no model may raise.
+IMPOSSIBLE = (TypeError, ValueError, AttributeError, KeyError, ArithmeticError, RuntimeError, AssertionError)
+
 
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a model folder."""
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
         raise UserError(f"model.path={folder} is no folder; give a Hugging Face model folder")
+    if not path.is_file() and (Path(folder) / DESCRIPTION).is_file():
+        raise UserError(
+            f"{path} is missing; model.path must be a Hugging Face model folder, and {folder} is a checkpoint of "
+            f"Megatron's ({DESCRIPTION} is there): make such a folder of it with "
+            f"`tools/convert_checkpoint.py export {folder} OUT_DIR`"
+        )
     if not path.is_file():
         raise UserError(f"{path} is missing; model.path must be a Hugging Face model folder with config.json")
     try:
@@ -64,8 +74,23 @@ def find_family(config: dict[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
-def load_fields(folder: str | Path) -> tuple[Family, ModelFields]:
-    """Family and fields of a model folder."""
-    config = read_hf_config(folder)
+def read_fields(config: dict[str, Any], path: Path) -> tuple[Family, ModelFields]:
+    """Family and fields of a config from `path`, whose numbers describe a possible model.
+
+    Raises:
+        UserError: the family is not supported, or a value is missing, not supported or not possible.
+    """
     family = find_family(config)
-    return family, family.fields(config)
+    try:
+        fields = family.fields(config)
+    except UserError:
+        raise
+    except IMPOSSIBLE as error:
+        raise UserError(f"{path} describes no possible model: {type(error).__name__}: {error}") from error
+    check_fields(fields, path)
+    return family, fields
+
+
+def load_fields(folder: str | Path) -> tuple[Family, ModelFields]:
+    """Family and fields of a model folder; see `read_hf_config` and `read_fields` for what is refused."""
+    return read_fields(read_hf_config(folder), Path(folder) / "config.json")

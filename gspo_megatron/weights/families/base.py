@@ -12,6 +12,8 @@ import torch
 from gspo_megatron.errors import UserError
 from gspo_megatron.weights.rules import QKV, GateUp, Rule, TensorSpec, Vocabulary, expand
 
+FURTHER_TOKEN_MARK = "eh_proj.weight"  # a tensor that only layers have that predict further tokens
+
 
 @dataclass(frozen=True)
 class Yarn:
@@ -109,6 +111,7 @@ class Family:
     fields: Callable[[dict[str, Any]], ModelFields]
     rules: Callable[[ModelFields], Sequence[Rule]]
     known_to_servers: bool = False  # weights/server_layout.py knows what SGLang makes of its tensors
+    split_by_servers: bool = True  # SGLang can spread it over several GPUs
     known_to_transformer_engine: bool = False  # Megatron's attention over Transformer Engine computes it
 
     def specs(self, fields: ModelFields) -> list[TensorSpec]:
@@ -127,6 +130,13 @@ class ConfigReader:
             if self.config.get(candidate) is not None:
                 return self.config[candidate]
         raise UserError(f'config.json of a {self.config.get("model_type")} model lacks "{name}"')
+
+    def optional(self, name: str, default: Any) -> Any:
+        """A value that may be left out, which means transformers' `default` for the family; null is refused."""
+        value = self.config.get(name, default)
+        if value is None:
+            raise UserError(f"config.json: {name}=null is no value; give one, or leave it out, which means {default!r}")
+        return value
 
     def refuse_unless(self, name: str, allowed: Sequence[Any], reason: str) -> None:
         """Refuse a value that is given and not allowed; the first allowed one is what leaving it out means."""
@@ -195,19 +205,32 @@ class ConfigReader:
 
     def sparse_layers(self) -> tuple[int, ...]:
         """Layers with experts, of the families that place them by `decoder_sparse_step` and `mlp_only_layers`."""
-        step, dense = self.config.get("decoder_sparse_step", 1), self.config.get("mlp_only_layers") or []
+        step, dense = self.optional("decoder_sparse_step", 1), self.config.get("mlp_only_layers") or []
         return tuple(i for i in range(self("num_hidden_layers")) if i not in dense and (i + 1) % step == 0)
 
     def further_token_layers(self) -> int | None:
-        """Layers that predict further tokens, by either of their names."""
-        return self.config.get("num_nextn_predict_layers") or self.config.get("num_mtp_layers") or None
+        """Layers that predict further tokens, by either of their names; transformers' default is one."""
+        given = [self.config[name] for name in ("num_nextn_predict_layers", "num_mtp_layers") if name in self.config]
+        return next(filter(None, given), None) if given else 1
 
-    def expert_groups(self) -> tuple[int | None, int | None]:
-        """Groups of experts and how many of them a token may use; (None, None) where that is no restriction."""
-        groups, chosen = self.config.get("n_group") or 1, self.config.get("topk_group") or 1
+    def shared_ffn_hidden_size(self) -> int | None:
+        """Of `n_shared_experts` together; transformers' default is one."""
+        return self.optional("n_shared_experts", 1) * self("moe_intermediate_size") or None
+
+    def expert_groups(self, groups: int, chosen: int) -> tuple[int | None, int | None]:
+        """Groups of experts and how many of them a token may use; (None, None) where that is no restriction. Given:
+        transformers' defaults."""
+        groups, chosen = self.optional("n_group", groups), self.optional("topk_group", chosen)
+        if not 1 <= chosen <= groups:
+            raise UserError(
+                f"config.json: topk_group={chosen} must lie between 1 and n_group={groups}: a token chooses so many of "
+                "the groups"
+            )
+        per_token, num_experts = self("num_experts_per_tok"), self("n_routed_experts", "num_local_experts")
+        if num_experts % groups:
+            raise UserError(f"config.json: n_group={groups} must divide the number of experts, {num_experts}")
         if groups == chosen:
             return None, None
-        per_token, num_experts = self("num_experts_per_tok"), self("n_routed_experts", "num_local_experts")
         if per_token // chosen != 2:
             raise UserError(
                 f"config.json: num_experts_per_tok={per_token} with topk_group={chosen} is not supported: "
@@ -215,8 +238,6 @@ class ConfigReader:
                 f"experts, the model by its best 2; only num_experts_per_tok={2 * chosen} or {2 * chosen + 1} agree, "
                 "or n_group=1"
             )
-        if num_experts % groups:
-            raise UserError(f"config.json: n_group={groups} must divide the number of experts, {num_experts}")
         return groups, chosen
 
 

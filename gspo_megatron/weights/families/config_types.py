@@ -1,12 +1,14 @@
-"""Types and bounds of what a config.json may hold, before a family reads it: it comes from anywhere."""
+"""Types and bounds of what a config.json may hold, before and after a family reads it: it comes from anywhere."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
 from gspo_megatron.errors import UserError
+from gspo_megatron.weights.families.base import ModelFields
 
 _COUNTS = (
     "hidden_size",
@@ -28,6 +30,8 @@ _COUNTS = (
     "v_head_dim",
     "decoder_sparse_step",
     "moe_layer_freq",
+    "n_group",
+    "topk_group",
 )  # at least 1, where given
 _SIZES = (
     "shared_expert_intermediate_size",
@@ -35,8 +39,6 @@ _SIZES = (
     "first_k_dense_replace",
     "num_nextn_predict_layers",
     "num_mtp_layers",
-    "n_group",
-    "topk_group",
     "q_lora_rank",
 )  # 0 too
 _NUMBERS = (
@@ -45,8 +47,9 @@ _NUMBERS = (
     "initializer_range",
     "routed_scaling_factor",
     "partial_rotary_factor",
+    "swiglu_limit",
 )  # finite and positive
-_FLAGS = ("tie_word_embeddings", "norm_topk_prob", "attention_bias", "use_sliding_window", "qkv_bias")
+_FLAGS = ("tie_word_embeddings", "norm_topk_prob", "attention_bias", "use_sliding_window", "qkv_bias", "use_qk_norm")
 _TABLES = ("rope_parameters", "rope_scaling", "quantization_config")
 _MOST = 2**31 - 1
 _MOST_EXPERTS = 200_000  # of all layers together; the largest models have some ten thousand
@@ -66,6 +69,22 @@ def check_types(config: dict[str, Any], path: Path) -> None:
     layers = config.get("num_hidden_layers") or 1
     if layers * experts > _MOST_EXPERTS:
         raise UserError(f"{path}: num_hidden_layers={layers} × {experts} experts is more than {_MOST_EXPERTS}")
+
+
+def check_fields(fields: ModelFields, path: Path) -> None:
+    """Raise UserError, naming the file, where a family made fields of its numbers that no model has."""
+    for item in dataclasses.fields(fields):
+        value = getattr(fields, item.name)
+        if str(item.type).startswith("int") and item.name not in ("experts_per_token", "expert_ffn_hidden_size"):
+            if value is None and item.type == "int | None":
+                continue
+            if type(value) is not int or value < 1:
+                raise UserError(f"{path}: {item.name}={value!r} must be a positive integer")
+    if fields.num_experts is not None and not 1 <= fields.experts_per_token <= fields.num_experts:
+        raise UserError(
+            f"{path}: num_experts_per_tok={fields.experts_per_token} must lie between 1 and "
+            f"num_experts={fields.num_experts}"
+        )
 
 
 def _is_count(value: Any) -> bool:

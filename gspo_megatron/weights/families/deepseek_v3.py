@@ -20,6 +20,8 @@ from gspo_megatron.weights.families.base import (
 )
 from gspo_megatron.weights.rules import Rule
 
+DEFAULT_QUERY_RANK = 1536  # what transformers takes where config.json leaves q_lora_rank out; null is another thing
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentAttentionFields(ModelFields):
@@ -49,7 +51,7 @@ def fields(config: dict[str, Any]) -> LatentAttentionFields:
     read.refuse_unless("topk_method", ["noaux_tc"], "experts are chosen with a selection bias")
     read.refuse_unless("rms_norm_eps", [1e-6], "transformers takes 1e-6 in the norms of latents whatever it says")
     num_layers, first_moe_layer = read("num_hidden_layers"), read("first_k_dense_replace")
-    groups, groups_chosen = read.expert_groups()
+    groups, groups_chosen = read.expert_groups(8, 4)
     rope = read.rope()
     return LatentAttentionFields(
         num_layers=num_layers,
@@ -62,8 +64,8 @@ def fields(config: dict[str, Any]) -> LatentAttentionFields:
         max_position_embeddings=read("max_position_embeddings"),
         norm_eps=read("rms_norm_eps"),
         rope_theta=float(rope.get("rope_theta") or read("rope_theta")),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        initializer_range=config.get("initializer_range", 0.02),
+        tied_embeddings=read.optional("tie_word_embeddings", False),
+        initializer_range=read.optional("initializer_range", 0.02),
         qk_layernorm=True,
         rotary_dim=read("qk_rope_head_dim"),
         yarn=read.yarn(),
@@ -75,15 +77,15 @@ def fields(config: dict[str, Any]) -> LatentAttentionFields:
         router_selection_bias=True,
         router_groups=groups,
         router_groups_chosen=groups_chosen,
-        router_scale=config.get("routed_scaling_factor", 1.0),
-        shared_ffn_hidden_size=(config.get("n_shared_experts") or 0) * read("moe_intermediate_size") or None,
+        router_scale=read.optional("routed_scaling_factor", 2.5),
+        shared_ffn_hidden_size=read.shared_ffn_hidden_size(),
         further_token_layers=read.further_token_layers(),
-        q_lora_rank=config.get("q_lora_rank"),
+        q_lora_rank=config.get("q_lora_rank", DEFAULT_QUERY_RANK),
         kv_lora_rank=read("kv_lora_rank"),
         qk_nope_head_dim=read("qk_nope_head_dim"),
         qk_rope_head_dim=read("qk_rope_head_dim"),
         v_head_dim=read("v_head_dim"),
-        rope_interleave=config.get("rope_interleave", True),
+        rope_interleave=read.optional("rope_interleave", True),
     )
 
 

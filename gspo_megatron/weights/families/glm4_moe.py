@@ -22,14 +22,17 @@ def fields(config: dict[str, Any]) -> ModelFields:
     """Fields of a Glm4MoeForCausalLM config."""
     read = ConfigReader(config)
     read.refuse_unless("hidden_act", ["silu"], "only SwiGLU is implemented")
+    read.refuse_unless("scoring_func", ["sigmoid"], "this family's router scores by sigmoid")
+    read.refuse_unless("topk_method", ["noaux_tc"], "experts are chosen with a selection bias")
     num_layers, heads, first_moe_layer = (
         read("num_hidden_layers"),
         read("num_attention_heads"),
         read("first_k_dense_replace"),
     )
     head_dim = config.get("head_dim") or read("hidden_size") // heads
-    rotary = read.rope().get("partial_rotary_factor", config.get("partial_rotary_factor", DEFAULT_ROTARY_FACTOR))
-    groups, groups_chosen = read.expert_groups()
+    beside = read.optional("partial_rotary_factor", DEFAULT_ROTARY_FACTOR)
+    rotary = ConfigReader(read.rope()).optional("partial_rotary_factor", beside)
+    groups, groups_chosen = read.expert_groups(1, 1)
     return ModelFields(
         num_layers=num_layers,
         hidden_size=read("hidden_size"),
@@ -41,10 +44,10 @@ def fields(config: dict[str, Any]) -> ModelFields:
         max_position_embeddings=read("max_position_embeddings"),
         norm_eps=read("rms_norm_eps"),
         rope_theta=read.rope_theta(),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        initializer_range=config.get("initializer_range", 0.02),
-        qk_layernorm=config.get("use_qk_norm", False),
-        qkv_bias=config.get("attention_bias", False),
+        tied_embeddings=read.optional("tie_word_embeddings", False),
+        initializer_range=read.optional("initializer_range", 0.02),
+        qk_layernorm=read.optional("use_qk_norm", False),
+        qkv_bias=read.optional("attention_bias", False),
         rotary_dim=int(head_dim * rotary),
         num_experts=read("n_routed_experts", "num_local_experts"),
         experts_per_token=read.experts_per_token(renormalised=read.renormalised_sigmoid()),
@@ -54,8 +57,8 @@ def fields(config: dict[str, Any]) -> ModelFields:
         router_selection_bias=True,
         router_groups=groups,
         router_groups_chosen=groups_chosen,
-        router_scale=config.get("routed_scaling_factor", 1.0),
-        shared_ffn_hidden_size=(config.get("n_shared_experts") or 0) * read("moe_intermediate_size") or None,
+        router_scale=read.optional("routed_scaling_factor", 1.0),
+        shared_ffn_hidden_size=read.shared_ffn_hidden_size(),
         further_token_layers=read.further_token_layers(),
     )
 

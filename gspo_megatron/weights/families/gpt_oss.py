@@ -73,14 +73,14 @@ def fields(config: dict[str, Any]) -> ModelFields:
         hidden_size=read("hidden_size"),
         num_attention_heads=heads,
         num_query_groups=read("num_key_value_heads"),
-        head_dim=config.get("head_dim") or read("hidden_size") // heads,
+        head_dim=read.optional("head_dim", 64),
         ffn_hidden_size=read("intermediate_size"),
         vocab_size=read("vocab_size"),
         max_position_embeddings=read("max_position_embeddings"),
-        norm_eps=config.get("rms_norm_eps", 1e-5),
+        norm_eps=read.optional("rms_norm_eps", 1e-5),
         rope_theta=float(rope.get("rope_theta") or read("rope_theta")),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        initializer_range=config.get("initializer_range", 0.02),
+        tied_embeddings=read.optional("tie_word_embeddings", False),
+        initializer_range=read.optional("initializer_range", 0.02),
         qk_layernorm=False,
         qkv_bias=True,
         yarn=read.yarn(),
@@ -91,7 +91,7 @@ def fields(config: dict[str, Any]) -> ModelFields:
         expert_ffn_hidden_size=read("intermediate_size"),
         moe_layers=tuple(range(num_layers)),
         biases=True,
-        swiglu_limit=float(config.get("swiglu_limit", 7.0)),
+        swiglu_limit=float(read.optional("swiglu_limit", 7.0)),
         stacked_experts=True,
     )
 
@@ -99,7 +99,7 @@ def fields(config: dict[str, Any]) -> ModelFields:
 def _windows(config: dict[str, Any], num_layers: int) -> tuple[int | None, ...]:
     """Of each layer; transformers' default is every second layer, from the first on."""
     kinds = config.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(num_layers)]
-    window = config.get("sliding_window")
+    window = config.get("sliding_window", 128)
     if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
         raise UserError(
             f"config.json: layer_types={kinds!r} must name full_attention or sliding_attention for each of "

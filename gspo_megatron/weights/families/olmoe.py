@@ -21,7 +21,7 @@ def fields(config: dict[str, Any]) -> ModelFields:
     read.refuse_unless("clip_qkv", [None], "queries, keys and values are not clipped")
     read.refuse_unless("hidden_act", ["silu"], "only SwiGLU is implemented")
     num_layers, heads = read("num_hidden_layers"), read("num_attention_heads")
-    renormalised = config.get("norm_topk_prob", False)
+    renormalised = read.optional("norm_topk_prob", False)
     return ModelFields(
         num_layers=num_layers,
         hidden_size=read("hidden_size"),
@@ -31,10 +31,10 @@ def fields(config: dict[str, Any]) -> ModelFields:
         ffn_hidden_size=read("intermediate_size"),
         vocab_size=read("vocab_size"),
         max_position_embeddings=read("max_position_embeddings"),
-        norm_eps=config.get("rms_norm_eps", 1e-5),
+        norm_eps=read.optional("rms_norm_eps", 1e-5),
         rope_theta=read.rope_theta(),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        initializer_range=config.get("initializer_range", 0.02),
+        tied_embeddings=read.optional("tie_word_embeddings", False),
+        initializer_range=read.optional("initializer_range", 0.02),
         qk_layernorm=True,
         qk_norm_of_heads=False,
         num_experts=read("num_experts", "num_local_experts"),
@@ -50,4 +50,4 @@ def rules(f: ModelFields) -> list[Rule]:
     return [*attention_and_norm_rules(f), *expert_rules(f)]
 
 
-FAMILY = Family("olmoe", fields, rules, known_to_servers=True)
+FAMILY = Family("olmoe", fields, rules, known_to_servers=True, split_by_servers=False)

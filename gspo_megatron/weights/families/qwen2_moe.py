@@ -21,7 +21,7 @@ def fields(config: dict[str, Any]) -> ModelFields:
     read = ConfigReader(config)
     read.refuse_unless("use_sliding_window", [False], "sliding-window attention is not implemented for this family")
     read.refuse_unless("hidden_act", ["silu"], "only SwiGLU is implemented")
-    heads, renormalised = read("num_attention_heads"), config.get("norm_topk_prob", False)
+    heads, renormalised = read("num_attention_heads"), read.optional("norm_topk_prob", False)
     return ModelFields(
         num_layers=read("num_hidden_layers"),
         hidden_size=read("hidden_size"),
@@ -33,10 +33,10 @@ def fields(config: dict[str, Any]) -> ModelFields:
         max_position_embeddings=read("max_position_embeddings"),
         norm_eps=read("rms_norm_eps"),
         rope_theta=read.rope_theta(),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        initializer_range=config.get("initializer_range", 0.02),
+        tied_embeddings=read.optional("tie_word_embeddings", False),
+        initializer_range=read.optional("initializer_range", 0.02),
         qk_layernorm=False,
-        qkv_bias=config.get("qkv_bias", True),
+        qkv_bias=read.optional("qkv_bias", True),
         num_experts=read("num_experts", "num_local_experts"),
         experts_per_token=read.experts_per_token(renormalised=renormalised),
         expert_ffn_hidden_size=read("moe_intermediate_size"),

@@ -27,14 +27,14 @@ def fields(config: dict[str, Any]) -> ModelFields:
         hidden_size=read("hidden_size"),
         num_attention_heads=read("num_attention_heads"),
         num_query_groups=read("num_key_value_heads"),
-        head_dim=config.get("head_dim", DEFAULT_HEAD_DIM),
+        head_dim=read.optional("head_dim", DEFAULT_HEAD_DIM),
         ffn_hidden_size=read("intermediate_size"),
         vocab_size=read("vocab_size"),
         max_position_embeddings=read("max_position_embeddings"),
         norm_eps=read("rms_norm_eps"),
         rope_theta=read.rope_theta(),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        initializer_range=config.get("initializer_range", 0.02),
+        tied_embeddings=read.optional("tie_word_embeddings", False),
+        initializer_range=read.optional("initializer_range", 0.02),
         qk_layernorm=True,
     )
 

@@ -20,10 +20,11 @@ from gspo_megatron.weights.rules import Rule
 def fields(config: dict[str, Any]) -> ModelFields:
     """Fields of a Qwen3MoeForCausalLM config."""
     read = ConfigReader(config)
+    # Left out, it is not the dense family's constant.
+    head_dim = read.optional("head_dim", read("hidden_size") // read("num_attention_heads"))
     return replace(
         qwen3.fields(config),
-        # Left out, it is not the dense family's constant.
-        head_dim=config.get("head_dim") or read("hidden_size") // read("num_attention_heads"),
+        head_dim=head_dim,
         num_experts=read("num_experts", "num_local_experts"),
         experts_per_token=read.experts_per_token(renormalised=read("norm_topk_prob")),
         expert_ffn_hidden_size=read("moe_intermediate_size"),

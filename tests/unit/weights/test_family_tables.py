@@ -145,6 +145,20 @@ def test_layers_that_predict_further_tokens_may_be_there_and_are_not_read(tmp_pa
         HFCheckpoint(tmp_path).verify(rules.specs(fields), left_out=fields.left_out)
 
 
+@pytest.mark.parametrize("layers", [3, 2])
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+def test_a_layer_that_predicts_no_further_tokens_is_not_left_out(family: str, layers: int, tmp_path: Path) -> None:
+    """A wrong num_hidden_layers, with as many layers that predict further tokens as are too many."""
+    family_models.make(family).save_pretrained(tmp_path)
+    wrong = {"num_hidden_layers": layers, "num_nextn_predict_layers": 4 - layers}
+    (tmp_path / "config.json").write_text(json.dumps(config_of(family, **wrong)))
+    rules, fields = load_fields(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"has model\.layers\.{layers}\.\* behind .* lacks eh_proj\.weight; correct num_h"
+    ):
+        HFCheckpoint(tmp_path).verify(rules.specs(fields), left_out=fields.left_out)
+
+
 # --- tensors that keep their dtype -------------------------------------------------------------------------------
 
 
