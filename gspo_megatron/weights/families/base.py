@@ -165,6 +165,12 @@ class ConfigReader:
             return None
         if kind != "yarn":
             raise UserError(f"config.json: rope_type={kind!r} is not supported; only unscaled ones and yarn are")
+        for table in (given, self.config):
+            if table.get("partial_rotary_factor") not in (None, 1):
+                raise UserError(
+                    f"config.json: partial_rotary_factor={table['partial_rotary_factor']!r} with rope_type='yarn' is "
+                    "not supported; leave it out"
+                )
         optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
         for name in ("factor", "original_max_position_embeddings", *optional):
             value, least = given.get(name), 0 if name in optional else 1e-9

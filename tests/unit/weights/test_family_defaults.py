@@ -131,6 +131,16 @@ def test_the_conversion_and_the_training_refuse_the_same_numbers(tmp_path: Path)
         assert str(error.value).count(str(tmp_path / "config.json")) == 1
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_a_part_of_heads_that_yarn_rotates_is_refused(family: str) -> None:
+    """transformers takes the factor of either place."""
+    full, said = full_config(family), "partial_rotary_factor=0.5 with rope_type='yarn' is not supported"
+    beside = their_config(full | {"partial_rotary_factor": 0.5, "rope_parameters": dict(full["rope_parameters"])})
+    assert beside and beside["rope_parameters"]["partial_rotary_factor"] == 0.5
+    assert said in str(our_fields(full | {"partial_rotary_factor": 0.5}))
+    assert said in str(our_fields(full | {"rope_parameters": full["rope_parameters"] | {"partial_rotary_factor": 0.5}}))
+
+
 @pytest.mark.parametrize("key", ["scoring_func", "topk_method"])
 @pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
 def test_another_routers_ways_are_refused(family: str, key: str) -> None:
