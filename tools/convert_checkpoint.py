@@ -141,7 +141,7 @@ def _convert(conversion: ToMegatron | ToHF, left_out: Sequence[str], options: ar
 
 def _verify(options: argparse.Namespace) -> int:
     from gspo_megatron.weights.conversion.compare import check_files, verify
-    from gspo_megatron.weights.conversion.models import open_model
+    from gspo_megatron.weights.conversion.models import HFModel, open_model
     from gspo_megatron.weights.conversion.progress import ByteProgress
 
     models = [open_model(folder) for folder in (options.A, options.B) if folder is not None]
@@ -150,6 +150,8 @@ def _verify(options: argparse.Namespace) -> int:
         raise UserError("; ".join(damage[:5]))
     if len(models) == 1:
         model = models[0]
+        if isinstance(model, HFModel):
+            model.check_tied_head()
         print(f"{model.folder}: complete, {len(model.names)} tensors in their shapes")
         if options.logits:
             raise UserError("--logits compares two models; give the other one too")
@@ -238,4 +240,5 @@ def _inspect(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     quiet_libraries()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names come from anywhere
     sys.exit(main())

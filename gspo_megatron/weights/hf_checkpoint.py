@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 import shutil
 import threading
 from collections import Counter
@@ -62,8 +61,11 @@ class HFCheckpoint:
         self.scales = {name: name + SCALE for name in names if name + SCALE in names}
 
     def _locate(self) -> dict[str, str]:
-        """File name of each tensor."""
+        """File name of each tensor. One file goes before an index, as in transformers."""
         index = self.folder / INDEX
+        if (self.folder / SINGLE).is_file():
+            _check_link(self.folder, SINGLE)
+            return dict.fromkeys(self._header_of(SINGLE).tensors, SINGLE)
         if index.is_file():
             try:
                 weight_map = json.loads(index.read_bytes(), object_pairs_hook=without_duplicates)["weight_map"]
@@ -75,9 +77,6 @@ class HFCheckpoint:
                     raise UserError(f"{index} names {file!r}, which is not a file of {self.folder}")
                 _check_link(self.folder, file)
             return names
-        if (self.folder / SINGLE).is_file():
-            _check_link(self.folder, SINGLE)
-            return dict.fromkeys(self._header_of(SINGLE).tensors, SINGLE)
         raise UserError(
             f"{self.folder} holds no weights ({SINGLE} or {INDEX}); "
             'set model.init="random" to start from random weights'
@@ -102,6 +101,11 @@ class HFCheckpoint:
     def dtype(self, name: str) -> torch.dtype:
         """Of the tensor as `read` returns it."""
         return torch.bfloat16 if name in self.scales else DTYPES[self._stored(name).dtype]
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether an index says where the tensors are."""
+        return not (self.folder / SINGLE).is_file()
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Of the tensor as it lies in its file."""
@@ -189,18 +193,22 @@ class HFCheckpoint:
             if dtype not in _WEIGHT_DTYPES and name not in self.scales
         ]
         wrong += [problem for name in expected.keys() & self.scales.keys() for problem in self._scale_problems(name)]
-        if self.scales:
-            wrong += self._block_problems()
+        wrong += self._quantization_problems()
         if wrong:
             raise UserError(
                 f"{self.folder}: {'; '.join(wrong[:5])}" + (f"; and {len(wrong) - 5} more" * (len(wrong) > 5))
             )
 
-    def _block_problems(self) -> list[str]:
+    def _quantization_problems(self) -> list[str]:
+        """What config.json says of scales must be so, and nothing else."""
         try:
             settings = json.loads((self.folder / "config.json").read_bytes()).get("quantization_config")
         except (OSError, ValueError, AttributeError, RecursionError) as error:
-            return [f"config.json can't be read: {error}"]
+            return [f"config.json can't be read: {error}"] if self.scales else []
+        if not self.scales:
+            method = settings.get("quant_method") if isinstance(settings, dict) else settings
+            said = f"config.json: quantization_config of quant_method={method!r}, but no weight has scales ({SCALE}): "
+            return [] if settings is None else [said + "remove the key if the weights are plain numbers"]
         block = settings.get("weight_block_size") if isinstance(settings, dict) else None
         if block == [SCALE_BLOCK, SCALE_BLOCK]:
             return []
@@ -239,14 +247,20 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def _is_name(file: str) -> bool:
     """Whether it can be the name of a file in a folder, rather than a path to elsewhere."""
-    return Path(file).name == file and "\0" not in file and len(os.fsencode(file)) <= 255
+    try:
+        return Path(file).name == file and "\0" not in file and len(file.encode()) <= 255
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_link(folder: Path, file: str) -> None:
     """A link may lead to another file of the folder, or to where the Hugging Face cache keeps a snapshot's files."""
     path, home = folder / file, folder.resolve()
     if path.is_symlink():
-        target = path.resolve()
+        try:
+            target = path.resolve(strict=True)
+        except (OSError, RuntimeError) as error:  # it leads nowhere, or to itself
+            raise UserError(f"{path} is a link to no file: {error}") from None
         if home not in target.parents and target.parent != home.parent.parent / "blobs":
             raise UserError(f"{path} is a link out of {folder}, to {target}; put the file itself there")
 
@@ -300,19 +314,26 @@ def save_hf_folder(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (partial / INDEX).write_text(json.dumps(index, indent=1))
     copy_companions(companions_from, partial)
-    _state_dtype(partial / "config.json", dtypes)
+    state_storage(partial / "config.json", dtypes.most_common(1)[0][0] if dtypes else None)
     partial.rename(folder)
 
 
-def _state_dtype(config: Path, dtypes: Counter[torch.dtype]) -> None:
-    """Make config.json name the dtype that most was saved in, where it names another."""
-    if not dtypes or not config.is_file():
+def state_storage(config: Path, dtype: torch.dtype | None) -> None:
+    """Make config.json speak of plain weights: without quantization_config, and of `dtype` where it names one.
+
+    None: of the dtype that it names. A file that does already, or is not there, stays as it is.
+    """
+    if not config.is_file():
         return
-    content = json.loads(config.read_text())
-    saved = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
-    stated = {key: saved for key in ("dtype", "torch_dtype") if content.get(key) not in (None, saved)}
-    if stated:
-        config.write_text(json.dumps(content | stated, indent=2) + "\n")
+    content = json.loads(config.read_bytes())
+    stated = dict(content)
+    if stated.get("quantization_config") is not None:
+        del stated["quantization_config"]
+    if dtype is not None:
+        named = [key for key in ("dtype", "torch_dtype") if stated.get(key) is not None]
+        stated |= dict.fromkeys(named, str(dtype).removeprefix("torch."))
+    if stated != content:
+        config.write_text(json.dumps(stated, indent=2) + "\n")
 
 
 def random_tensor(name: str, shape: tuple[int, ...], *, std: float, seed: int) -> Tensor:

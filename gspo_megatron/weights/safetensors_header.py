@@ -86,6 +86,8 @@ def _parse(text: bytes, data_bytes: int, data_start: int) -> Header:
     metadata = content.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _Wrong(f"its {_METADATA} is not text by name")
+    for string in (*content, *metadata, *metadata.values()):
+        string.encode()  # ValueError: halves of characters
     tensors = {name: _entry(name, entry) for name, entry in content.items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)))
     position = 0

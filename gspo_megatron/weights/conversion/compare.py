@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from gspo_megatron.weights.conversion.models import HEAD, Model, TorchDistModel
+from gspo_megatron.weights.conversion.models import EMBEDDING, HEAD, Model, TorchDistModel
 from gspo_megatron.weights.torch_dist.checksums import CHECKSUMS, find_damage
 from gspo_megatron.weights.torch_dist.records import raw_bytes
 
@@ -97,19 +97,29 @@ def _compare(
     threads: int,
     advance: Callable[[int], None] | None,
 ) -> Comparison:
-    # A tied head may be stored or not.
+    # A tied head may be stored or not. The side that lacks it has its embedding for one.
     tied = all(model.config.get("tie_word_embeddings") for model in (one, other))
     may_lack = {HEAD} if tied and not (HEAD in one.names and HEAD in other.names) else set()
+    heads = [model for model in (one, other) if may_lack & set(model.names)]
+    untied = [TensorDifference(HEAD, reason) for model in heads if (reason := _compare_head(model, compare))]
     left, right = (_Side(m.folder, [n for n in m.names if n not in may_lack], m.read) for m in (one, other))
     differences = _compare_sets(left, right, compare, threads=threads, advance=advance)
     common = set(left.names) & set(right.names)
     return Comparison(
-        tuple(differences),
+        (*untied, *differences),
         tuple(config_differences(one.config, other.config)),
         tuple(sorted({*one.left_out, *other.left_out})),
         len(common),
         sum(nbytes_of(one, name) for name in common),
     )
+
+
+def _compare_head(model: Model, compare: Callable[[Tensor, Tensor], str | None]) -> str | None:
+    """Of a tied head and the embedding of one model."""
+    head, embedding = model.read(HEAD), model.read(EMBEDDING)
+    same_shape = head.shape == embedding.shape
+    reason = compare(head, embedding) if same_shape else f"shape {list(head.shape)}, {list(embedding.shape)}"
+    return None if reason is None else f"in {model.folder} it is not {EMBEDDING}, to which it is tied: {reason}"
 
 
 def _compare_sets(

@@ -63,11 +63,12 @@ def read_layout(folder: Path) -> HFLayout | None:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
+    value.encode()  # ValueError: halves of characters
     return value
 
 
 def _file(value: Any) -> str:
     name = _text(value)
-    if Path(name).name != name or "\0" in name or not name.endswith(_SUFFIX):
+    if Path(name).name != name or "\0" in name or len(name.encode()) > 255 or not name.endswith(_SUFFIX):
         raise ValueError(f"{name!r} is no name of a {_SUFFIX} file")
     return name

@@ -110,6 +110,16 @@ class HFModel:
     def read(self, name: str) -> Tensor:
         return self.checkpoint.read(name)
 
+    def check_tied_head(self) -> None:
+        """Raise UserError where a tied head is stored and is not the embedding."""
+        if self.has_tied_head and not (
+            self.shape(HEAD) == self.shape(EMBEDDING) and torch.equal(self.read(HEAD), self.read(EMBEDDING))
+        ):
+            raise UserError(
+                f"{self.folder}: {HEAD} is not {EMBEDDING}, though config.json says tie_word_embeddings=true; "
+                "one of them is wrong"
+            )
+
 
 class TorchDistModel:
     """A folder of Megatron's dist_checkpointing with our description and the model's config beside it."""

@@ -17,8 +17,8 @@ from torch import Tensor
 from gspo_megatron.errors import UserError
 from gspo_megatron.weights.conversion.execute import OutputFile
 from gspo_megatron.weights.conversion.identity import identity_of, names_of
-from gspo_megatron.weights.conversion.models import TorchDistModel
-from gspo_megatron.weights.hf_checkpoint import INDEX, SINGLE, copy_companions
+from gspo_megatron.weights.conversion.models import EMBEDDING, TorchDistModel
+from gspo_megatron.weights.hf_checkpoint import INDEX, SINGLE, copy_companions, state_storage
 from gspo_megatron.weights.safetensors_header import format_header
 from gspo_megatron.weights.torch_dist.checksums import CHECKSUMS, FileSum, hash_file, read_checksums
 from gspo_megatron.weights.torch_dist.description import HF_FOLDER
@@ -138,8 +138,7 @@ class ToHF:
 
     def finish(self, folder: Path, sums: Mapping[str, FileSum]) -> None:
         copy_companions(self.source / HF_FOLDER, folder)
-        if self.requested is not None:
-            self._state_dtype(folder / "config.json")
+        state_storage(folder / "config.json", self._stated_dtype())
         if self.index_metadata is not None:
             metadata = dict(self.index_metadata)
             if self.requested is not None or not metadata:
@@ -149,8 +148,8 @@ class ToHF:
             content = {"metadata": metadata, "weight_map": weight_map}
             (folder / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
-    def _state_dtype(self, path: Path) -> None:
-        config, name = json.loads(path.read_bytes()), str(self.requested).removeprefix("torch.")
-        stated = {key: name for key in ("dtype", "torch_dtype") if config.get(key) not in (None, name)}
-        if stated:
-            path.write_text(json.dumps(config | stated, indent=2) + "\n")
+    def _stated_dtype(self) -> torch.dtype | None:
+        """What training has saved need not have the dtype of the config that it began with."""
+        if self.requested is None and self.model.layout is None:
+            return self.dtype(EMBEDDING)
+        return self.requested

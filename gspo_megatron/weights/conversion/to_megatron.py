@@ -14,8 +14,8 @@ from gspo_megatron.errors import UserError
 from gspo_megatron.weights.conversion.execute import MANIFEST, OutputFile
 from gspo_megatron.weights.conversion.hf_layout import HFLayout, write_layout
 from gspo_megatron.weights.conversion.identity import identity_of, names_of
-from gspo_megatron.weights.conversion.models import EMBEDDING, HEAD, HFModel
-from gspo_megatron.weights.hf_checkpoint import INDEX, copy_companions
+from gspo_megatron.weights.conversion.models import EMBEDDING, HFModel
+from gspo_megatron.weights.hf_checkpoint import INDEX, copy_companions, state_storage
 from gspo_megatron.weights.rules import TensorSpec
 from gspo_megatron.weights.torch_dist.checksums import FileSum, write_checksums
 from gspo_megatron.weights.torch_dist.description import HF_FOLDER, Description, write_description
@@ -52,11 +52,7 @@ class ToMegatron:
     ) -> None:
         self.model, self.source, self.requested = model, model.folder, dtype
         architecture = model.architecture
-        if model.has_tied_head and not _equal(model, HEAD, EMBEDDING):
-            raise UserError(
-                f"{model.folder}: {HEAD} is not {EMBEDDING}, though config.json says tie_word_embeddings=true; "
-                "one of them is wrong"
-            )
+        model.check_tied_head()
         self.table = KeyTable.of(architecture.fields, architecture.specs)
         dtypes = {spec.megatron: self._dtype(spec) for spec in architecture.exported}
         parameters = parameters_of(self.table, architecture.specs, dtypes)
@@ -119,25 +115,15 @@ class ToMegatron:
         write_structure(folder, self.distcp, self.table)
         (folder / HF_FOLDER).mkdir()
         copy_companions(self.source, folder / HF_FOLDER)
-        self._adjust_config(folder / HF_FOLDER / "config.json")
+        state_storage(folder / HF_FOLDER / "config.json", self.dtype if self._changes_dtypes else None)
         write_layout(folder, self._layout(folder))
         name = str(self.dtype).removeprefix("torch.")
         write_description(folder, Description(self.model.architecture.family.model_type, 0, name))
         write_checksums(folder, sums, skip={MANIFEST})
 
-    def _adjust_config(self, path: Path) -> None:
-        """The config speaks of the weights as they are now; untouched where they are as they were."""
-        changes: dict[str, object] = {}
-        config = dict(self.model.config)
-        if self.model.checkpoint.scales:
-            config.pop("quantization_config", None)
-            changes["dtype"] = None
-        if self.requested is not None or changes:
-            name = str(self.dtype).removeprefix("torch.")
-            keys = [key for key in ("dtype", "torch_dtype") if key in config]
-            config |= dict.fromkeys(keys, name)
-            if config != self.model.config:
-                path.write_text(json.dumps(config, indent=2) + "\n")
+    @property
+    def _changes_dtypes(self) -> bool:
+        return self.requested is not None or bool(self.model.checkpoint.scales)
 
     def _layout(self, folder: Path) -> HFLayout:
         checkpoint, kept = self.model.checkpoint, set(self.model.names)
@@ -147,11 +133,16 @@ class ToMegatron:
         }
         files = {file: names for file, names in files.items() if names}
         index = None
-        if (self.source / INDEX).is_file():
+        if checkpoint.is_indexed:
             found = json.loads((self.source / INDEX).read_bytes()).get("metadata", {})
             index = found if isinstance(found, dict) else {}
+            if self._changes_dtypes or self.model.left_out:
+                index |= self._sizes()
         return HFLayout(folder, files, {file: checkpoint.metadata(file) for file in files}, index)
 
-
-def _equal(model: HFModel, one: str, other: str) -> bool:
-    return model.shape(one) == model.shape(other) and torch.equal(model.read(one), model.read(other))
+    def _sizes(self) -> dict[str, int]:
+        """What an index says of all tensors together."""
+        origins = self.model.architecture.origins
+        numbers = {name: torch.Size(self.model.shape(name)).numel() for name in self.model.names}
+        itemsizes = {name: self._dtype(origins.get(name, origins[EMBEDDING])[0]).itemsize for name in numbers}
+        return {"total_size": sum(count * itemsizes[name] for name, count in numbers.items())}

@@ -117,6 +117,12 @@ def test_a_tied_head_that_is_stored_is_stored_again(tmp_path: Path) -> None:
     assert contents(to_hf(dist, tmp_path / "back")) == contents(source)
     tensors["lm_head.weight"][0, 0] += 1
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    plain = write_hf(tmp_path / "plain", CONFIG | {"tie_word_embeddings": True})
+    for compare in (verify, diff):
+        for pair in ((source, plain), (plain, source)):
+            [difference] = compare(*map(open_model, pair)).differences
+            assert difference.name == "lm_head.weight" and "in " + str(source) in difference.reason
+    assert convert_checkpoint.main(["verify", str(source)]) == 2
     with pytest.raises(UserError, match=r"lm_head.weight is not model.embed_tokens.weight, though .* tie_word"):
         to_megatron(source, tmp_path / "other")
 
@@ -205,6 +211,68 @@ def test_blocks_of_float8_are_read_into_bfloat16(tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
     assert verify(open_model(tmp_path / "fp8"), open_model(dist)).is_equal
+
+
+@pytest.mark.parametrize("asked", [None, torch.float32])
+def test_an_index_names_the_size_of_what_is_written(asked: torch.dtype | None, tmp_path: Path) -> None:
+    """After eight-bit floats were widened, and a layer that predicts further tokens was left out."""
+    write_scaled(tmp_path / "fp8")
+    model = tmp_path / "fp8" / "model.safetensors"
+    tensors = load_file(model)
+    model.rename(tmp_path / "fp8" / "model-00001-of-00001.safetensors")
+    index = {
+        "metadata": {"total_size": 1, "x": 2},
+        "weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors"),
+    }
+    (tmp_path / "fp8" / "model.safetensors.index.json").write_text(json.dumps(index))
+    out = to_hf(to_megatron(tmp_path / "fp8", tmp_path / "dist", dtype=asked), tmp_path / "hf")
+    found = load_file(out / "model-00001-of-00001.safetensors").values()
+    metadata = json.loads((out / "model.safetensors.index.json").read_text())["metadata"]
+    assert metadata == {"total_size": sum(t.numel() * t.element_size() for t in found), "x": 2}
+
+
+def test_an_index_does_not_count_what_was_left_out(tmp_path: Path) -> None:
+    config = family_config("deepseek_v3")
+    source = write_hf(tmp_path / "hf", config | {"num_nextn_predict_layers": 1}, files=2)
+    path = source / "model.safetensors.index.json"
+    before = json.loads(path.read_text())
+    further = f"model.layers.{config['num_hidden_layers']}.eh_proj.weight"
+    save_file({further: torch.ones(3, 3)}, source / "further.safetensors")
+    total = before["metadata"]["total_size"]
+    after = {
+        "metadata": {"total_size": total + 36},
+        "weight_map": before["weight_map"] | {further: "further.safetensors"},
+    }
+    path.write_text(json.dumps(after))
+    out = to_hf(to_megatron(source, tmp_path / "dist"), tmp_path / "back")
+    assert json.loads((out / "model.safetensors.index.json").read_text()) == before
+
+
+def test_what_training_saved_is_exported_with_a_config_of_plain_weights(tmp_path: Path) -> None:
+    """Its hf/ holds the config that training began with, of weights in eight bits and of another dtype."""
+    dist = to_megatron(write_hf(tmp_path / "hf", dtype=torch.float32), tmp_path / "dist")
+    (dist / LAYOUT).unlink()
+    (dist / "checksums.json").unlink()
+    (dist / "hf" / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": {"quant_method": "fp8"}}))
+    out = to_hf(dist, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text()) == CONFIG | {"dtype": "float32"}
+
+
+@pytest.mark.parametrize("place", ["files", "file_metadata", "names"])
+def test_a_layout_of_names_that_are_no_text_is_refused(place: str, tmp_path: Path) -> None:
+    dist = to_megatron(write_hf(tmp_path / "hf"), tmp_path / "dist")
+    (dist / "checksums.json").unlink()
+    content = json.loads((dist / LAYOUT).read_text())
+    if place == "files":
+        for key in ("files", "file_metadata"):
+            content[key] = {"\ud800.safetensors": content[key]["model.safetensors"]}
+    elif place == "names":
+        content["files"]["model.safetensors"][0] = "\ud800"
+    else:
+        content["file_metadata"]["model.safetensors"] = {"x": "\ud800"}
+    (dist / LAYOUT).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"hf_layout.json is no layout of a Hugging Face folder: UnicodeEncodeError"):
+        open_model(dist)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,15 @@ from transformers import AutoModelForCausalLM
 from gspo_megatron.errors import UserError
 from gspo_megatron.types import NamedTensor
 from gspo_megatron.weights.families import load_fields
-from gspo_megatron.weights.hf_checkpoint import COMPANIONS, INDEX, SINGLE, HFCheckpoint, random_tensor, save_hf_folder
+from gspo_megatron.weights.hf_checkpoint import (
+    COMPANIONS,
+    INDEX,
+    SINGLE,
+    HFCheckpoint,
+    check_companions,
+    random_tensor,
+    save_hf_folder,
+)
 from gspo_megatron.weights.rules import Rule, TensorSpec, expand
 from tests.distributed import tiny_models
 
@@ -28,6 +36,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "model.norm.weight": (4,),
     "lm_head.weight": (7, 4),
 }
+
+
+SHARD = "one.safetensors"
 
 
 def specs(tied: bool = False) -> list[TensorSpec]:
@@ -49,6 +60,12 @@ def tensors() -> dict[str, Tensor]:
 def write_single(folder: Path, content: dict[str, Tensor]) -> Path:
     folder.mkdir(exist_ok=True)
     save_file(content, folder / SINGLE)
+    return folder
+
+
+def write_shard(folder: Path, content: dict[str, Tensor]) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file(content, folder / SHARD)
     return folder
 
 
@@ -85,6 +102,41 @@ def test_the_shards_an_index_names_are_read(tmp_path: Path) -> None:
     checkpoint = HFCheckpoint(tmp_path)
     checkpoint.verify(specs())
     assert all(torch.equal(checkpoint.read(n), content[n]) for n in names)
+
+
+@pytest.mark.parametrize("index", [dict.fromkeys(SHAPES, SHARD), {"stale.weight": "absent.safetensors"}, None])
+def test_one_file_goes_before_an_index(index: object, tmp_path: Path) -> None:
+    """As in transformers: the index is not even looked at."""
+    content = tensors()
+    write_shard(tmp_path, {name: tensor + 1 for name, tensor in content.items()})
+    write_index(write_single(tmp_path, content), index)
+    checkpoint = HFCheckpoint(tmp_path)
+    checkpoint.verify(specs())
+    assert all(torch.equal(checkpoint.read(name), content[name]) for name in content)
+
+
+@pytest.mark.parametrize("settings", [{"quant_method": "awq", "bits": 4}, {}, "fp8"])
+def test_a_config_of_quantized_weights_without_scales_is_refused(settings: object, tmp_path: Path) -> None:
+    write_single(tmp_path, tensors())
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    assert "config.json: quantization_config of quant_method=" in message(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": None}))
+    HFCheckpoint(tmp_path).verify(specs())
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    write_index(tmp_path, dict.fromkeys(SHAPES, "\ud800.safetensors"))
+    assert "names '\\ud800.safetensors', which is not a file of" in message(tmp_path)
+    header = b'{"\\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    (tmp_path / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header)
+    assert "is no readable safetensors file: " in message(tmp_path)
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path, companions: Path) -> None:
+    (companions / "tokenizer.json").unlink()
+    (companions / "tokenizer.json").symlink_to(companions / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer.json is a link to no file"):
+        check_companions(companions)
 
 
 def test_missing_and_extra_tensors_are_listed_together(tmp_path: Path) -> None:
@@ -146,25 +198,25 @@ def test_a_file_of_something_else_is_named(content: bytes, tmp_path: Path) -> No
 
 
 def test_a_damaged_shard_of_several_is_named(tmp_path: Path) -> None:
-    write_single(tmp_path, tensors())
+    write_shard(tmp_path, tensors())
     (tmp_path / "other.safetensors").write_bytes(b"damaged")
-    write_index(tmp_path, {n: "other.safetensors" if n == "a.weight" else SINGLE for n in SHAPES})
+    write_index(tmp_path, {n: "other.safetensors" if n == "a.weight" else SHARD for n in SHAPES})
     assert f"{tmp_path / 'other.safetensors'} is no readable safetensors file" in message(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["absent.safetensors", "../outside.safetensors", "sub/inside.safetensors", "..", ""])
 def test_an_index_may_name_files_of_its_folder_only(file: str, tmp_path: Path) -> None:
-    folder = write_single(tmp_path / "model", tensors())
+    folder = write_shard(tmp_path / "model", tensors())
     for other in (tmp_path / "outside.safetensors", folder / "sub" / "inside.safetensors"):
         other.parent.mkdir(exist_ok=True)
         save_file(tensors(), other)
-    write_index(folder, dict.fromkeys(SHAPES, SINGLE) | {"a.weight": file})
+    write_index(folder, dict.fromkeys(SHAPES, SHARD) | {"a.weight": file})
     assert message(folder) == f"{folder / INDEX} names {file!r}, which is not a file of {folder}"
 
 
 def test_an_absolute_path_in_an_index_is_refused(tmp_path: Path) -> None:
-    folder = write_single(tmp_path / "model", tensors())
-    outside = write_single(tmp_path / "other", tensors()) / SINGLE
+    folder = write_shard(tmp_path / "model", tensors())
+    outside = write_shard(tmp_path / "other", tensors()) / SHARD
     write_index(folder, dict.fromkeys(SHAPES, str(outside)))
     assert "which is not a file of" in message(folder)
 
@@ -173,7 +225,7 @@ def test_an_absolute_path_in_an_index_is_refused(tmp_path: Path) -> None:
     "content", [b"{", b"[]", b"{}", b'{"weight_map": ["a"]}', b'{"weight_map": null}', b"null", b"\xff\xfe"]
 )
 def test_a_broken_index_is_named(content: bytes, tmp_path: Path) -> None:
-    write_single(tmp_path, tensors())
+    write_shard(tmp_path, tensors())
     (tmp_path / INDEX).write_bytes(content)
     assert message(tmp_path).startswith(f"{tmp_path / INDEX} is no safetensors index: ")
 
@@ -181,10 +233,10 @@ def test_a_broken_index_is_named(content: bytes, tmp_path: Path) -> None:
 def test_a_tensor_that_the_index_promises_and_the_file_lacks_is_named(tmp_path: Path) -> None:
     content = tensors()
     del content["b.weight"]
-    write_single(tmp_path, content)
-    write_index(tmp_path, dict.fromkeys(SHAPES, SINGLE))
+    write_shard(tmp_path, content)
+    write_index(tmp_path, dict.fromkeys(SHAPES, SHARD))
     said = message(tmp_path)
-    assert str(tmp_path / SINGLE) in said and "lacks b.weight" in said
+    assert str(tmp_path / SHARD) in said and "lacks b.weight" in said
 
 
 def test_another_dtype_on_disk_is_read_as_it_is_and_converts_on_copying(tmp_path: Path) -> None:
@@ -223,6 +275,14 @@ def test_the_saved_config_names_the_dtype_that_was_saved(tmp_path: Path, compani
     save_hf_folder(tmp_path / "out", named({"a": torch.ones(2, dtype=torch.bfloat16)}), companions_from=companions)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config == {"hidden_size": 8, "dtype": "bfloat16"}
+
+
+def test_the_saved_config_speaks_of_plain_weights(tmp_path: Path, companions: Path) -> None:
+    """Training from weights in eight bits saves numbers without scales."""
+    content = {"dtype": "bfloat16", "quantization_config": {"quant_method": "fp8"}}
+    (companions / "config.json").write_text(json.dumps(content))
+    save_hf_folder(tmp_path / "out", named({"a": torch.ones(2, dtype=torch.bfloat16)}), companions_from=companions)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"dtype": "bfloat16"}
 
 
 def test_a_small_model_becomes_one_file_with_its_companions(tmp_path: Path, companions: Path) -> None:
