@@ -105,10 +105,16 @@ class HFModel:
         return self.checkpoint.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.checkpoint.dtype(name)
+        return self._widened(name) or self.checkpoint.dtype(name)
 
     def read(self, name: str) -> Tensor:
-        return self.checkpoint.read(name)
+        return self.checkpoint.read(name).to(self.dtype(name))
+
+    def _widened(self, name: str) -> torch.dtype | None:
+        """What a rule keeps in a wider dtype than it is stored in."""
+        origin = self.architecture.origins.get(name)
+        wanted = origin[0].dtype if origin else None
+        return wanted if wanted is not None and wanted.itemsize > self.checkpoint.dtype(name).itemsize else None
 
     def check_tied_head(self) -> None:
         """Raise UserError where a tied head is stored and is not the embedding."""
@@ -133,6 +139,7 @@ class TorchDistModel:
         self.architecture = read_architecture(folder / HF_FOLDER)
         self.config = self.architecture.config
         self.checkpoint = TorchDistCheckpoint(folder)
+        self.checkpoint.common()  # nothing of it is needed: it is read to refuse what Megatron's own reader would run
         self.left_out: list[str] = []
         self.layout: HFLayout | None = read_layout(folder)
         self.places = self._places()

@@ -115,15 +115,12 @@ class ToMegatron:
         write_structure(folder, self.distcp, self.table)
         (folder / HF_FOLDER).mkdir()
         copy_companions(self.source, folder / HF_FOLDER)
-        state_storage(folder / HF_FOLDER / "config.json", self.dtype if self._changes_dtypes else None)
+        changed = self.requested is not None or self.model.checkpoint.scales
+        state_storage(folder / HF_FOLDER / "config.json", self.dtype if changed else None)
         write_layout(folder, self._layout(folder))
         name = str(self.dtype).removeprefix("torch.")
         write_description(folder, Description(self.model.architecture.family.model_type, 0, name))
         write_checksums(folder, sums, skip={MANIFEST})
-
-    @property
-    def _changes_dtypes(self) -> bool:
-        return self.requested is not None or bool(self.model.checkpoint.scales)
 
     def _layout(self, folder: Path) -> HFLayout:
         checkpoint, kept = self.model.checkpoint, set(self.model.names)
@@ -136,7 +133,10 @@ class ToMegatron:
         if checkpoint.is_indexed:
             found = json.loads((self.source / INDEX).read_bytes()).get("metadata", {})
             index = found if isinstance(found, dict) else {}
-            if self._changes_dtypes or self.model.left_out:
+            stored = {
+                spec: {checkpoint.stored_dtype(name) for name in spec.hf} for spec in self.model.architecture.exported
+            }
+            if self.model.left_out or any(dtypes != {self._dtype(spec)} for spec, dtypes in stored.items()):
                 index |= self._sizes()
         return HFLayout(folder, files, {file: checkpoint.metadata(file) for file in files}, index)
 

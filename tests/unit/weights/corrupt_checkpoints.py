@@ -452,6 +452,16 @@ def entry_runs(folder: Path, rng: random.Random, marker: Path) -> None:
     forget_checksums(folder)
 
 
+def common_runs(folder: Path, rng: random.Random, marker: Path) -> None:
+    """A payload in what is saved once: a bare pickle, or as torch.save writes it."""
+    content: Any = rng.choice([Payload(marker), {"iteration": 1, "x": Payload(marker)}])
+    if rng.random() < 0.5:
+        torch.save(content, folder / "common.pt")
+    else:
+        (folder / "common.pt").write_bytes(pickle.dumps(content))
+    forget_checksums(folder)
+
+
 def entry_of_another_shape(folder: Path, rng: random.Random, marker: Path) -> None:
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     index = rng.choice([i for i in metadata.storage_data if i.offset is not None and "experts" in i.fqn])
@@ -543,6 +553,7 @@ HARMS: list[tuple[Harm, str, str]] = [
     (distcp_truncated, "dist", "__0_0.distcp"), (distcp_flipped, "dist", "__0_0.distcp"),
     (distcp_link, "dist", "__0_0.distcp"), (description, "dist", "gspo_megatron.json"),
     (format_file, "dist", "metadata.json"), (layout_file, "dist", "hf_layout.json"),
+    (common_runs, "dist", "common.pt"), (common_runs, "dist", "common.pt"),
     (checksum_file, "dist", "checksums.json"), (nested_config, "dist", ""),
 ]  # fmt: skip
 

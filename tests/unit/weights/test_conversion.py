@@ -175,6 +175,24 @@ def test_what_a_rule_keeps_in_float32_stays_so(tmp_path: Path) -> None:
     assert kept and all(key.endswith("router.expert_bias") for key in kept)
 
 
+def test_what_a_rule_keeps_in_float32_is_widened_to_it(tmp_path: Path) -> None:
+    """As DeepSeek's derivatives store it; the trained model could not take it over."""
+    source = write_hf(tmp_path / "hf", family_config("glm4_moe"), files=2)
+    expected = {}
+    for path in source.glob("*.safetensors"):
+        tensors = {name: t.bfloat16() for name, t in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+        expected |= {n: t.float() if n.endswith("e_score_correction_bias") else t for n, t in tensors.items()}
+    dist = to_megatron(source, tmp_path / "dist")
+    assert verify(open_model(source), open_model(dist)).is_equal
+    out = to_hf(dist, tmp_path / "out")
+    found = {name: t for path in out.glob("*.safetensors") for name, t in load_file(path).items()}
+    assert any(t.dtype == torch.float32 for t in found.values()) and found.keys() == expected.keys()
+    assert all(found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in expected.items())
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in found.values())
+
+
 def write_scaled(folder: Path) -> dict[str, torch.Tensor]:
     """Weights in float8 with a scale for each block of 128 × 128, as DeepSeek-V3's; returns what they mean."""
     sizes = {"hidden_size": 160, "moe_intermediate_size": 136, "num_hidden_layers": 1, "num_experts": 2}
