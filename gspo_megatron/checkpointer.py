@@ -27,7 +27,7 @@ from gspo_megatron.policy.checkpoint import Snapshot, random_state, set_random_s
 from gspo_megatron.policy.chunks import dump_entries, load_entries, write_chunks, write_metadata
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.stop import StopSignals
-from gspo_megatron.weights.hf_checkpoint import COMPANIONS
+from gspo_megatron.weights.hf_checkpoint import companions_of
 from gspo_megatron.weights.torch_dist.checksums import FileSum, list_files, write_checksums
 from gspo_megatron.weights.torch_dist.description import HF_FOLDER, Description, read_description, write_description
 
@@ -284,9 +284,8 @@ class _Share:
         )
         torch.save({"iteration": self.state.batch}, self.partial / "common.pt")
         (self.partial / HF_FOLDER).mkdir()
-        for name in COMPANIONS:
-            if (self.policy.source / name).is_file():
-                shutil.copyfile(self.policy.source / name, self.partial / HF_FOLDER / name)
+        for name in companions_of(self.policy.source):
+            shutil.copyfile(self.policy.source / name, self.partial / HF_FOLDER / name)
         for name in list_files(self.partial):
             if name == "common.pt" or name.startswith(HF_FOLDER):
                 with open(self.partial / name, "rb") as file:

@@ -3,7 +3,7 @@
 
     python tools/convert_checkpoint.py import HF_DIR OUT_DIR [--dtype bfloat16|float32] [--overwrite] [--dry-run]
     python tools/convert_checkpoint.py export MEGATRON_DIR OUT_DIR [--dtype …] [--overwrite] [--dry-run]
-    python tools/convert_checkpoint.py verify A [B] [--logits]
+    python tools/convert_checkpoint.py verify A [B] [--dtype …] [--logits]
     python tools/convert_checkpoint.py inspect DIR [--json]
     python tools/convert_checkpoint.py diff A B
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     Model = HFModel | TorchDistModel
 
+_UNREADABLE = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _LOGIT_TOKENS = (4, 32)  # sequences, tokens of each
 _LOGIT_TOLERANCE = 1e-4
 
@@ -50,12 +51,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_FAILED
+        if isinstance(error, _UNREADABLE) and (path := _path_in_source(error, options)):
+            print(f"error: {path} can't be read: {error.strerror}", file=sys.stderr)
+            return EXIT_USER_ERROR
         # A disk that fills or fails; what is finished stays for the next call.
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _path_in_source(error: OSError, options: argparse.Namespace) -> Path | None:
+    """The file that the error is about, where it lies in a folder that is read."""
+    if not isinstance(error.filename, str):
+        return None
+    path = Path(error.filename).absolute()
+    given = (getattr(options, name, None) for name in ("HF_DIR", "MEGATRON_DIR", "A", "B", "DIR"))
+    folders = {folder.absolute() for folder in given if folder is not None}
+    return path if folders & {path, *path.parents} else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
             "--threads", type=_positive, default=threads, help="files at a time (default: %(default)s)"
         )
     command = add("verify", _verify, "prove that two hold the same weights bit for bit", "A", "B?")
+    command.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="prove that B holds what a conversion of A to it gives"
+    )
     command.add_argument("--logits", action="store_true", help="run both on the same tokens too")
     command.add_argument("--threads", type=_positive, default=threads)
     command = add("inspect", _inspect, "list tensors, shapes, dtypes, layout and step", "DIR")
@@ -140,11 +157,14 @@ def _convert(conversion: ToMegatron | ToHF, left_out: Sequence[str], options: ar
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from gspo_megatron.device import DTYPES
     from gspo_megatron.weights.conversion.compare import check_files, verify
     from gspo_megatron.weights.conversion.models import HFModel, open_model
     from gspo_megatron.weights.conversion.progress import ByteProgress
 
     models = [open_model(folder) for folder in (options.A, options.B) if folder is not None]
+    if len(models) == 1 and (options.logits or options.dtype):
+        raise UserError(f"{'--logits' if options.logits else '--dtype'} compares two models; give the other one too")
     damage = [line for model in models for line in check_files(model, options.threads)]
     if damage:
         raise UserError("; ".join(damage[:5]))
@@ -153,11 +173,10 @@ def _verify(options: argparse.Namespace) -> int:
         if isinstance(model, HFModel):
             model.check_tied_head()
         print(f"{model.folder}: complete, {len(model.names)} tensors in their shapes")
-        if options.logits:
-            raise UserError("--logits compares two models; give the other one too")
         return EXIT_DONE
     with ByteProgress(_nbytes(models[0]), "verifying") as progress:
-        result = verify(*models, threads=options.threads, advance=progress.advance)
+        dtype = DTYPES[options.dtype] if options.dtype else None
+        result = verify(*models, dtype=dtype, threads=options.threads, advance=progress.advance)
     code = _report(result, models)
     if code == EXIT_DONE and options.logits:
         code = compare_logits(models)
@@ -214,8 +233,12 @@ def _nbytes(model: Model) -> int:
 
 
 def _report(result: Comparison, models: Sequence[Model]) -> int:
-    for difference in result.differences:
+    others = [difference for difference in result.differences if not difference.is_of_dtype_alone]
+    for difference in others:
         print(f"{difference.name}: {difference.reason}")
+    if of_dtype := len(result.differences) - len(others):
+        [first, *_] = [difference for difference in result.differences if difference.is_of_dtype_alone]
+        print(f"of another dtype, but equal in value: {of_dtype} tensors ({first.name}: {first.reason} …)")
     for line in result.config_differences:
         print(f"config.json: {line}")
     if result.left_out:
@@ -224,9 +247,8 @@ def _report(result: Comparison, models: Sequence[Model]) -> int:
     if result.is_equal:
         print(f"{names} are equal: {result.tensors} tensors, {result.nbytes / 1e9:.3f} GB, bit for bit")
         return EXIT_DONE
-    print(
-        f"{names} differ in {len(result.differences)} tensors and {len(result.config_differences)} keys of config.json"
-    )
+    dtypes = f", and {of_dtype} more of another dtype, but equal in value" * (of_dtype > 0)
+    print(f"{names} differ in {len(others)} tensors and {len(result.config_differences)} keys of config.json{dtypes}")
     return EXIT_FAILED
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +37,11 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+MOST_COMPANION_BYTES = 16 * 2**20  # of a file that is not one of COMPANIONS
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".distcp",
+)  # fmt: skip
 
 SCALE = "_scale_inv"  # behind a weight's name: that of its scales
 SCALE_BLOCK = 128  # rows and columns of a weight that share a scale
@@ -231,18 +237,46 @@ class HFCheckpoint:
         return problems
 
 
+def companions_of(folder: Path) -> list[str]:
+    """Files that go with the weights: those of COMPANIONS that are there, then all other small ones, such as a
+    tokenizer's code or a license. Hidden files, weights of whatever format and links out of the folder are none."""
+    known = [name for name in COMPANIONS if (folder / name).is_file()]
+    return known + sorted(p.name for p in folder.iterdir() if p.name not in COMPANIONS and _is_companion(p))
+
+
+def _is_companion(path: Path) -> bool:
+    if path.name.startswith(".") or path.name.endswith((*_WEIGHT_SUFFIXES, ".index.json")) or not path.is_file():
+        return False
+    try:
+        _check_link(path.parent, path.name)
+    except UserError:
+        return False
+    return path.stat().st_size <= MOST_COMPANION_BYTES
+
+
+def list_left_behind(folder: Path, weights: Container[str]) -> list[str]:
+    """Files and folders that are neither the weights that are read nor copied with them; hidden ones apart."""
+    copied = companions_of(folder)
+    found = (p.name for p in folder.iterdir() if not p.name.startswith("."))
+    return sorted(name for name in found if name not in weights and name not in copied)
+
+
 def check_companions(folder: Path) -> None:
-    """Raise UserError where a file that would be copied with the weights is a link to somewhere else."""
+    """Raise UserError where a file that would be copied with the weights is a link to elsewhere or can't be read."""
     for name in COMPANIONS:
         _check_link(folder, name)
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise UserError(f"{folder / name} is no file; remove it or put the model's {name} there")
+    for name in companions_of(folder):
+        if not os.access(folder / name, os.R_OK):
+            raise UserError(f"{folder / name} can't be read; give this user the right to")
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Config and tokenizer files, as far as there are any."""
+    """What goes with the weights, as far as there is any."""
     check_companions(source)
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for name in companions_of(source):
+        shutil.copyfile(source / name, target / name)
 
 
 def _is_name(file: str) -> bool:

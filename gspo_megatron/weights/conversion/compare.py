@@ -18,6 +18,7 @@ from gspo_megatron.weights.torch_dist.records import raw_bytes
 
 # What a conversion may change in config.json.
 _ABOUT_STORAGE = ("dtype", "torch_dtype", "quantization_config")
+_EQUAL = "equal in value"
 _BLOCK_NUMBERS = 2**22  # compared at a time: memory stays small
 
 
@@ -27,6 +28,11 @@ class TensorDifference:
 
     name: str
     reason: str  # "missing in …", "shape …", "values …"
+
+    @property
+    def is_of_dtype_alone(self) -> bool:
+        """Whether the numbers are equal."""
+        return self.reason.endswith(_EQUAL)
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,25 @@ def check_files(model: Model, threads: int) -> list[str]:
     return []
 
 
-def verify(one: Model, other: Model, *, threads: int = 2, advance: Callable[[int], None] | None = None) -> Comparison:
+def verify(
+    one: Model,
+    other: Model,
+    *,
+    dtype: torch.dtype | None = None,
+    threads: int = 2,
+    advance: Callable[[int], None] | None = None,
+) -> Comparison:
     """Whether both hold the same tensors bit for bit: a hash of each tensor under its Hugging Face name, on both sides
-    through the rules; and the same config."""
-    return _compare(one, other, _by_hash, threads=threads, advance=advance)
+    through the rules; and the same config.
+
+    `dtype`: whether the other holds what a conversion of the one to this dtype gives.
+    """
+
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        origin = one.architecture.origins.get(name)
+        return tensor if dtype is None else tensor.to((origin[0].dtype if origin else None) or dtype)
+
+    return _compare(one, other, _by_hash, convert, threads=threads, advance=advance)
 
 
 def diff(one: Model, other: Model, *, threads: int = 2, advance: Callable[[int], None] | None = None) -> Comparison:
@@ -87,12 +108,14 @@ class _Side:
     folder: Path
     names: Sequence[str]
     read: Callable[[str], Tensor]
+    convert: Callable[[str, Tensor], Tensor] | None = None  # before it is compared
 
 
 def _compare(
     one: Model,
     other: Model,
     compare: Callable[[Tensor, Tensor], str | None],
+    convert: Callable[[str, Tensor], Tensor] | None = None,
     *,
     threads: int,
     advance: Callable[[int], None] | None,
@@ -103,6 +126,7 @@ def _compare(
     heads = [model for model in (one, other) if may_lack & set(model.names)]
     untied = [TensorDifference(HEAD, reason) for model in heads if (reason := _compare_head(model, compare))]
     left, right = (_Side(m.folder, [n for n in m.names if n not in may_lack], m.read) for m in (one, other))
+    left = replace(left, convert=convert)
     differences = _compare_sets(left, right, compare, threads=threads, advance=advance)
     common = set(left.names) & set(right.names)
     return Comparison(
@@ -139,10 +163,12 @@ def _compare_sets(
 
     def check(name: str) -> TensorDifference | None:
         left, right = one.read(name), other.read(name)
+        nbytes = left.numel() * left.element_size()
+        left = left if one.convert is None else one.convert(name, left)
         same_shape = left.shape == right.shape
         reason = compare(left, right) if same_shape else f"shape {list(left.shape)}, {list(right.shape)}"
         if advance is not None:
-            advance(left.numel() * left.element_size())
+            advance(nbytes)
         return None if reason is None else TensorDifference(name, reason)
 
     with ThreadPoolExecutor(threads) as pool:
@@ -158,7 +184,7 @@ def _by_hash(one: Tensor, other: Tensor) -> str | None:
     left, right = hash_tensor(one), hash_tensor(other)
     if left == right:
         return None
-    return f"hash {left}, {right}; {_by_value(one, other) or 'equal in value'}"
+    return f"hash {left}, {right}; {_by_value(one, other) or _EQUAL}"
 
 
 def _by_value(one: Tensor, other: Tensor) -> str | None:
@@ -179,7 +205,7 @@ def _by_value(one: Tensor, other: Tensor) -> str | None:
         if float(gaps[largest]) > worst:
             worst, place = float(gaps[largest]), start + largest
     if not count:
-        return f"{dtypes}equal in value" if dtypes else None
+        return f"{dtypes}{_EQUAL}" if dtypes else None
     where = [int(i) for i in torch.unravel_index(torch.tensor(place), one.shape)] if one.dim() else []
     return f"{dtypes}{count} of {one.numel()} numbers differ, by at most {worst:.6g} at {where}"
 

@@ -27,7 +27,7 @@ from gspo_megatron.errors import UserError
 from gspo_megatron.weights.conversion.target import check_target
 from gspo_megatron.weights.torch_dist.checksums import FileSum, hash_file
 
-MANIFEST = "manifest.jsonl"
+MANIFEST = ".manifest.jsonl"  # hidden: no file of a model has the name
 _BLOCK_BYTES = 4 * 2**20
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from gspo_megatron.weights.rules import Copy, TensorSpec, Vocabulary
 from gspo_megatron.weights.torch_dist.checksums import CHECKSUMS, find_damage
 from gspo_megatron.weights.torch_dist.description import DESCRIPTION, HF_FOLDER, Description, read_description
 from gspo_megatron.weights.torch_dist.keys import KeyTable, Place, megatron_shape
-from gspo_megatron.weights.torch_dist.reader import TorchDistCheckpoint, is_torch_dist
+from gspo_megatron.weights.torch_dist.reader import COMMON, TorchDistCheckpoint, is_torch_dist
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")  # how keys of the model begin, not of its optimizer
@@ -32,6 +33,7 @@ class Model(Protocol):
 
     folder: Path
     config: dict[str, Any]
+    architecture: Architecture
     left_out: list[str]  # tensors that are there and belong to no rule: layers that predict further tokens
 
     @property
@@ -139,7 +141,8 @@ class TorchDistModel:
         self.architecture = read_architecture(folder / HF_FOLDER)
         self.config = self.architecture.config
         self.checkpoint = TorchDistCheckpoint(folder)
-        self.checkpoint.common()  # nothing of it is needed: it is read to refuse what Megatron's own reader would run
+        if os.path.lexists(folder / COMMON):  # nothing of it is needed: it is read to refuse what another would run
+            self.checkpoint.common()
         self.left_out: list[str] = []
         self.layout: HFLayout | None = read_layout(folder)
         self.places = self._places()

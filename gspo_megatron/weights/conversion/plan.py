@@ -28,6 +28,11 @@ def describe_plan(
         lines.append(
             f"left out, for no rule has a place for them: {len(left_out)} tensors ({left_out[0]} … {left_out[-1]})"
         )
+    if behind := conversion.left_behind:
+        more = f" and {len(behind) - 8} more" * (len(behind) > 8)
+        lines.append(
+            f"left behind, for they are no weights that are read nor small files: {', '.join(behind[:8])}{more}"
+        )
     if every_file:
         lines += [f"  {file.name:<36} {file.nbytes:>15,} bytes" for file in files]
     return "\n".join(lines)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import os
 import re
 from pathlib import Path
 
 from gspo_megatron.errors import UserError
-from gspo_megatron.weights.hf_checkpoint import COMPANIONS, INDEX, SINGLE
+from gspo_megatron.weights.hf_checkpoint import COMPANIONS, INDEX, SINGLE, companions_of
 from gspo_megatron.weights.torch_dist.checksums import CHECKSUMS, read_checksums
 from gspo_megatron.weights.torch_dist.description import HF_FOLDER, read_description
 
@@ -23,6 +25,11 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
     ours, theirs = target.resolve(), source.resolve()
     if ours == theirs or ours in theirs.parents or theirs in ours.parents:
         raise UserError(f"{target} and {source} lie in each other; choose another folder for the result")
+    if target.name in ("", ".."):
+        raise UserError(f"{target} is no name of a folder; give the result one")
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{place} is no folder that can be written to; choose another place for {target.name}")
     if not target.exists() and not target.is_symlink():
         return
     if not overwrite:
@@ -31,7 +38,7 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
         raise UserError(
             f"{target} is no checkpoint, so --overwrite leaves it alone; remove it or choose another folder"
         )
-    if foreign := _foreign(target):
+    if foreign := _foreign(target, source):
         raise UserError(
             f"{target / foreign} is no part of a checkpoint, and --overwrite would remove it with {target}; move it "
             "away or choose another folder"
@@ -52,8 +59,8 @@ def _is_hf(folder: Path) -> bool:
     return isinstance(config.get("model_type"), str) and any((folder / name).is_file() for name in (SINGLE, INDEX))
 
 
-def _foreign(folder: Path) -> str | None:
-    """A file or folder that no checkpoint of either format holds."""
+def _foreign(folder: Path, source: Path) -> str | None:
+    """A file or folder that no checkpoint of either format holds, and that the result won't hold again."""
     ours, weights, known = _is_ours(folder), {SINGLE, INDEX}, set(COMPANIONS)
     weight_map = _read(folder / INDEX).get("weight_map")
     if isinstance(weight_map, dict):
@@ -65,11 +72,19 @@ def _foreign(folder: Path) -> str | None:
         if path.is_dir() and not path.is_symlink():
             if name != HF_FOLDER or not ours:
                 return name
-        elif name in known or name.removeprefix(f"{HF_FOLDER}/") in COMPANIONS:
+        elif name in known or name.removeprefix(f"{HF_FOLDER}/") in COMPANIONS or _same(path, source):
             continue
         elif not (name in weights or _SHARD.fullmatch(name) or (ours and _OWN.fullmatch(name))):
             return name
     return None
+
+
+def _same(path: Path, source: Path) -> bool:
+    """Whether the source has the file too, among those that are copied."""
+    folder = source / HF_FOLDER if (source / HF_FOLDER).is_dir() else source
+    if not (folder / path.name).is_file() or path.is_symlink() or path.name not in companions_of(folder):
+        return False
+    return filecmp.cmp(path, folder / path.name, shallow=False)
 
 
 def _read(path: Path) -> dict[str, object]:

@@ -18,7 +18,7 @@ from gspo_megatron.errors import UserError
 from gspo_megatron.weights.conversion.execute import OutputFile
 from gspo_megatron.weights.conversion.identity import identity_of, names_of
 from gspo_megatron.weights.conversion.models import EMBEDDING, TorchDistModel
-from gspo_megatron.weights.hf_checkpoint import INDEX, SINGLE, copy_companions, state_storage
+from gspo_megatron.weights.hf_checkpoint import INDEX, SINGLE, copy_companions, list_left_behind, state_storage
 from gspo_megatron.weights.safetensors_header import format_header
 from gspo_megatron.weights.torch_dist.checksums import CHECKSUMS, FileSum, hash_file, read_checksums
 from gspo_megatron.weights.torch_dist.description import HF_FOLDER
@@ -107,6 +107,11 @@ class ToHF:
     def identity(self) -> str:
         files = {chunk.file for tensor in self.model.checkpoint.tensors.values() for chunk in tensor.chunks}
         return identity_of(self.source, files, self.files, self.requested)
+
+    @property
+    def left_behind(self) -> list[str]:
+        """Files beside the weights that are not copied."""
+        return list_left_behind(self.source / HF_FOLDER, set())
 
     def content(self, number: int) -> Iterator[memoryview | bytes]:
         file = self.safetensors[number]

@@ -15,7 +15,7 @@ from gspo_megatron.weights.conversion.execute import MANIFEST, OutputFile
 from gspo_megatron.weights.conversion.hf_layout import HFLayout, write_layout
 from gspo_megatron.weights.conversion.identity import identity_of, names_of
 from gspo_megatron.weights.conversion.models import EMBEDDING, HFModel
-from gspo_megatron.weights.hf_checkpoint import INDEX, copy_companions, state_storage
+from gspo_megatron.weights.hf_checkpoint import INDEX, copy_companions, list_left_behind, state_storage
 from gspo_megatron.weights.rules import TensorSpec
 from gspo_megatron.weights.torch_dist.checksums import FileSum, write_checksums
 from gspo_megatron.weights.torch_dist.description import HF_FOLDER, Description, write_description
@@ -99,6 +99,12 @@ class ToMegatron:
     @property
     def identity(self) -> str:
         return identity_of(self.source, list(set(self.model.checkpoint.file_of.values())), self.files, self.requested)
+
+    @property
+    def left_behind(self) -> list[str]:
+        """Files beside the weights that are neither converted nor copied."""
+        checkpoint = self.model.checkpoint
+        return list_left_behind(self.source, {*checkpoint.file_of.values(), *([INDEX] * checkpoint.is_indexed)})
 
     def content(self, number: int) -> Iterator[memoryview | bytes]:
         held: tuple[TensorSpec, Tensor] | None = None

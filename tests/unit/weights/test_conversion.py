@@ -34,6 +34,7 @@ from gspo_megatron.weights.conversion.models import HFModel, TorchDistModel, ope
 from gspo_megatron.weights.conversion.to_hf import ToHF
 from gspo_megatron.weights.conversion.to_megatron import ToMegatron
 from gspo_megatron.weights.families import FAMILIES
+from gspo_megatron.weights.hf_checkpoint import MOST_COMPANION_BYTES
 from gspo_megatron.weights.rules import QKV, GateUp
 from gspo_megatron.weights.torch_dist.checksums import FileSum, find_damage
 from gspo_megatron.weights.torch_dist.description import read_description
@@ -806,6 +807,101 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     names = {"absent", "out", "hf", "empty"}
     code, _, error = run(*(tmp_path / a if a in names else a for a in arguments))
     assert code == 2 and said in error
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "No such file")])
+def test_a_source_file_that_cannot_be_read_is_named(
+    error: OSError, run: Callable[..., Result], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.name != "config.json":
+            return read(path)
+        raise type(error)(error.errno, error.strerror, str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refused)
+        code, _, said = run("import", source, tmp_path / "dist")
+    assert (code, said) == (2, f"error: {source / 'config.json'} can't be read: {error.strerror}\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_read(
+    arguments: list[str], run: Callable[..., Result], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    code, _, said = run("import", source, tmp_path / "file" / "dist", *arguments)
+    assert code == 2 and f"{tmp_path / 'file'} is no folder that can be written to" in said
+    allowed = os.access
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and allowed(path, mode))
+        code, _, said = run("import", source, tmp_path / "new" / "dist", *arguments)
+    assert code == 2 and f"{tmp_path} is no folder that can be written to" in said
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("harm", ["dangling", "folder", "unreadable"])
+def test_a_tokenizer_that_cannot_be_copied_is_found_before_the_weights_are_converted(
+    harm: str, run: Callable[..., Result], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = source / "tokenizer.json"
+    if harm == "unreadable":
+        allowed = os.access
+        monkeypatch.setattr(os, "access", lambda p, mode: p != path and allowed(p, mode))
+    else:
+        path.unlink()
+        path.symlink_to("absent") if harm == "dangling" else path.mkdir()
+    code, _, said = run("import", source, tmp_path / "dist", "--dry-run")
+    assert code == 2 and str(path) in said
+    assert ("is a link to no file" if harm == "dangling" else "is no file" if harm == "folder" else "be read") in said
+
+
+def test_small_files_beside_the_weights_are_kept_and_others_left_behind_aloud(
+    run: Callable[..., Result], source: Path, tmp_path: Path
+) -> None:
+    kept = {"tiktoken.model": "a", "tokenization_x.py": "b", "vocab.txt": "c", "LICENSE": "d", "manifest.jsonl": "e"}
+    for name, text in (kept | {"pytorch_model.bin": "x", ".hidden": "x"}).items():
+        (source / name).write_text(text)
+    (source / "onnx").mkdir()
+    (tmp_path / "secret").write_text("x")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    with open(source / "large.txt", "wb") as file:
+        file.truncate(MOST_COMPANION_BYTES + 1)
+    dist, out = tmp_path / "dist", tmp_path / "out"
+    code, said, _ = run("import", source, dist)
+    assert code == 0
+    assert "small files: large.txt, notes.txt, onnx, pytorch_model.bin\n" in said
+    assert run("export", dist, out)[0] == 0
+    others = {"pytorch_model.bin", ".hidden", "large.txt", "notes.txt"}
+    assert contents(out) == {name: data for name, data in contents(source).items() if name not in others}
+    # They are no reason to leave the result alone, unless they were changed.
+    assert run("export", dist, out, "--overwrite")[0] == 0
+    (out / "vocab.txt").write_text("mine")
+    assert run("export", dist, out, "--overwrite")[0] == 2
+    assert (out / "vocab.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_a_conversion_to_another_dtype_is_proved(family: str, run: Callable[..., Result], tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf", family_config(family), dtype=torch.float32)
+    dist, wide = to_megatron(source, tmp_path / "dist", dtype=torch.bfloat16), tmp_path / "wide"
+    assert run("verify", source, dist)[0] == 1
+    assert run("verify", source, dist, "--dtype", "bfloat16")[0] == 0
+    assert run("verify", source, dist, "--dtype", "float32")[0] == 1
+    assert run("verify", source, "--dtype", "float32")[0] == 2
+    out = to_hf(dist, tmp_path / "out")
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.norm.weight"].view(torch.int16)[3] ^= 1
+    save_file(tensors, out / "model.safetensors")
+    code, said, _ = run("verify", source, out, "--dtype", "bfloat16")
+    assert code == 1 and "differ in 1 tensors and 0 keys" in said
+
+    to_hf(dist, wide, dtype=torch.float32)
+    count = len(HFModel(wide).names) - sum(name.endswith("e_score_correction_bias") for name in HFModel(wide).names)
+    code, said, _ = run("diff", dist, wide)
+    assert code == 1 and f"differ in 0 tensors and 0 keys of config.json, and {count} more of another dtype" in said
+    assert said.count("dtype torch.bfloat16, torch.float32; equal in value") == 1
 
 
 def test_inspect_tells_both_formats(source: Path, tmp_path: Path) -> None:
