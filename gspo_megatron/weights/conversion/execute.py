@@ -29,6 +29,7 @@ from gspo_megatron.weights.torch_dist.checksums import FileSum, hash_file
 
 MANIFEST = ".manifest.jsonl"  # hidden: no file of a model has the name
 _BLOCK_BYTES = 4 * 2**20
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # no fault of the name
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 
 
@@ -82,9 +83,7 @@ def execute(conversion: Conversion, target: Path, *, overwrite: bool = False, th
     """
     check_target(target, conversion.source, overwrite=overwrite)
     partial = partial_folder(target)
-    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-        raise UserError(f"{partial}, where the result would be written, is no folder; remove it")
-    partial.mkdir(parents=True, exist_ok=True)
+    _make(partial)
     with _locked(partial):
         manifest = _Manifest(partial, conversion.identity)
         done = _still_good(partial, manifest.read(), conversion.files, threads, report)
@@ -99,6 +98,17 @@ def execute(conversion: Conversion, target: Path, *, overwrite: bool = False, th
         _sync(partial)
         check_target(target, conversion.source, overwrite=overwrite)  # again: it took a while
         _replace(partial, target)
+
+
+def _make(partial: Path) -> None:
+    try:
+        if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+            raise UserError(f"{partial}, where the result would be written, is no folder; remove it")
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in _OF_THE_DISK:
+            raise
+        raise UserError(f"{partial} can't be made: {error.strerror}; choose another place for the result") from None
 
 
 def _run(work: Callable[[int], None], numbers: Iterable[int], threads: int) -> None:

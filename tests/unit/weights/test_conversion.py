@@ -831,6 +831,10 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_read(
     arguments: list[str], run: Callable[..., Result], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("x")
+    if not arguments:
+        for name in ("/proc/dist", str(tmp_path / ("d" * 250))):
+            code, _, said = run("import", source, name)
+            assert code == 2 and "can't be made: " in said and "choose another place" in said
     code, _, said = run("import", source, tmp_path / "file" / "dist", *arguments)
     assert code == 2 and f"{tmp_path / 'file'} is no folder that can be written to" in said
     allowed = os.access
