@@ -80,8 +80,13 @@ def test_a_reset_layer_starts_anew() -> None:
     assert equal(layer.update(*new), new) and layer.get_seq_length() == 2
 
 
-def test_sliding_windows_are_refused() -> None:
+def test_layers_that_keep_something_else_are_refused() -> None:
     model = tiny_models.make("dense")
-    model.config.sliding_window = 8
+    model.config.sliding_window, model.config.layer_types = 8, ["sliding_attention", "full_attention"]
+    make_cache(model, 10)
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(AssertionError, match="linear_attention"):
+        make_cache(model, 10)
+    model.config.layer_types = None
     with pytest.raises(AssertionError, match="every layer is taken to see all tokens"):
         make_cache(model, 10)
