@@ -24,11 +24,11 @@ from gspo_megatron.errors import CauseError, UserError
 from gspo_megatron.failures import print_error
 from gspo_megatron.job import Job
 from gspo_megatron.policy.checkpoint import Snapshot, random_state, set_random_state
-from gspo_megatron.policy.chunks import dump_entries, load_entries, write_chunks, write_metadata
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.stop import StopSignals
 from gspo_megatron.weights.hf_checkpoint import companions_of
 from gspo_megatron.weights.torch_dist.checksums import FileSum, list_files, write_checksums
+from gspo_megatron.weights.torch_dist.chunks import dump_entries, load_entries, write_chunks, write_metadata
 from gspo_megatron.weights.torch_dist.description import HF_FOLDER, Description, read_description, write_description
 
 _POLL_S = 0.02

@@ -21,8 +21,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from torch import Tensor
 
 from gspo_megatron.background import SharedMemory
-from gspo_megatron.policy.chunks import Chunk, rectangles
 from gspo_megatron.policy.optimizer_state import OptimizerShard, optimizer_shards, set_steps_done, steps_done
+from gspo_megatron.weights.torch_dist.chunks import Chunk, rectangles
 
 OPTIMIZER_KEY = "optimizer.state"
 _METADATA = {"singleton_local_shards": False}  # one tensor for all layers, and for all experts of a layer

@@ -11,11 +11,11 @@ from gspo_megatron.config import ModelConfig, OptimizerConfig
 from gspo_megatron.data.exchange import distribute
 from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.policy.checkpoint import chunks_to_load
-from gspo_megatron.policy.chunks import read_chunks
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.policy.runtime import initialize, shutdown
 from gspo_megatron.policy.step import forward_only
 from gspo_megatron.types import Sequence
+from gspo_megatron.weights.torch_dist.chunks import read_chunks
 from gspo_megatron.weights.torch_dist.description import HF_FOLDER
 
 _TIMEOUT_S = 60.0

@@ -13,7 +13,6 @@ from gspo_megatron.config import KernelsConfig, MemoryConfig, ModelConfig, Optim
 from gspo_megatron.device import DTYPES, current_device
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.policy.checkpoint import Snapshot, after_loading, chunks_to_load, take_snapshot
-from gspo_megatron.policy.chunks import read_chunks
 from gspo_megatron.policy.model import build_model, mark_parallel, parameter_slots, transformer_config
 from gspo_megatron.policy.optimizer import build_optimizer, build_schedule, wrap_ddp
 from gspo_megatron.policy.router import RouterLosses, collect_losses
@@ -24,6 +23,7 @@ from gspo_megatron.weights.families import load_fields
 from gspo_megatron.weights.gather import GatheredBucket
 from gspo_megatron.weights.hf_checkpoint import save_hf_folder
 from gspo_megatron.weights.reshard import ReshardPlan
+from gspo_megatron.weights.torch_dist.chunks import read_chunks
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from gspo_megatron.config import MemoryConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.data.exchange import distribute
 from gspo_megatron.errors import UserError
 from gspo_megatron.groups import ProcessGroups
-from gspo_megatron.policy.chunks import write_chunks, write_metadata
 from gspo_megatron.policy.policy import MegatronPolicy
+from gspo_megatron.weights.torch_dist.chunks import write_chunks, write_metadata
 from tests.distributed.cases import STEP_LENGTHS, join, scatter, whole_weights
 from tests.distributed.tiny_models import make_sequences
 

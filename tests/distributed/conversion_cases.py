@@ -19,8 +19,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from gspo_megatron.config import ModelConfig, OptimizerConfig
-from gspo_megatron.policy.chunks import write_chunks, write_metadata
 from gspo_megatron.policy.policy import MegatronPolicy
+from gspo_megatron.weights.torch_dist.chunks import write_chunks, write_metadata
 from gspo_megatron.weights.torch_dist.description import HF_FOLDER, Description, write_description
 from gspo_megatron.weights.torch_dist.reader import FORMAT, FORMAT_CONTENT
 from tests.distributed.cases import join

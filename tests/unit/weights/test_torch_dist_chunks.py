@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gspo_megatron.errors import UserError
-from gspo_megatron.policy.chunks import (
+from gspo_megatron.weights.torch_dist.chunks import (
     Chunk,
     dump_entries,
     load_entries,
