@@ -1,7 +1,7 @@
 """SIGTERM and SIGUSR1 ask a run to save and to stop; a second one ends the process at once.
 
-Standard library alone, so that a signal is noticed from the start. What a signal asks for is done by whoever looks at
-`StopSignals.received`: the trainer after each rollout batch, the launcher by passing it on.
+Nothing but the standard library is imported at first, so that a signal is noticed from the start. What a signal asks for
+is done by whoever looks at `StopSignals.received`: the trainer after each rollout batch, the launcher by passing it on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A launcher passes on what the scheduler may send to every process anyway: that is one request.
@@ -65,6 +66,8 @@ class StopSignals:
 
     def _handle(self, number: signal.Signals) -> None:
         now = time.monotonic()
+        if number == signal.SIGTERM and self.on_signal is None and _a_rank_has_ended():
+            os._exit(EXIT_ENDED)  # whoever started the ranks ends those that are left
         if self.on_signal is not None:
             self.on_signal(number)
         elif self.received is None:
@@ -87,6 +90,29 @@ def blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _a_rank_has_ended() -> bool:
+    """Whether of the ranks that were started on this machine together with this one some are no more."""
+    expected = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if expected == 1:
+        return False
+    import psutil
+
+    try:
+        own = psutil.Process().cmdline()
+        ranks = [p for p in psutil.Process(os.getppid()).children() if _runs(p, own)]
+    except psutil.Error:
+        return False
+    return 0 < len(ranks) < expected
+
+
+def _runs(process: Any, command: list[str]) -> bool:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE and process.cmdline() == command
+    return False
 
 
 def _say(text: str) -> None:
