@@ -1,7 +1,7 @@
 """SIGTERM and SIGUSR1 ask a run to save and to stop; a second one ends the process at once.
 
-Nothing but the standard library is imported at first, so that a signal is noticed from the start. What a signal asks for
-is done by whoever looks at `StopSignals.received`: the trainer after each rollout batch, the launcher by passing it on.
+Nothing but the standard library is imported at first, so that a signal is noticed from the start. What it asks for is
+done by whoever looks at `StopSignals.received`: the trainer after each rollout batch, the launcher by passing it on.
 """
 
 from __future__ import annotations
