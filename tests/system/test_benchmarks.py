@@ -42,6 +42,7 @@ def test_the_benchmark_holds_a_layout_to_the_formula(tmp_path: Path) -> None:
     assert float(rows[0][6]) > 1
 
 
+@pytest.mark.slow
 def test_the_loss_head_is_measured(tmp_path: Path) -> None:
     output = tmp_path / "table.md"
     command = [sys.executable, str(ROOT / "tools/benchmark_loss_head.py"), "--batches", "1", "--vocabularies", "100"]
@@ -74,6 +75,7 @@ def test_updates_are_measured_beside_a_plain_broadcast(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_rollouts_from_a_server_are_measured(tmp_path: Path) -> None:
     output = tmp_path / "table.md"
     command = [sys.executable, str(ROOT / "tools/benchmark_rollout.py"), "--repetitions", "1", "--responses", "64"]
