@@ -42,6 +42,7 @@ class Checkpointer:
         assert isinstance(job.config, TrainConfig)
         self.config, self.job, self.policy, self.signals = job.config, job, policy, signals
         self._started_at = psutil.Process().create_time()
+        self._began_after: int | None = None  # rollout batches that were done at this start
         self._newest = -1  # batch of the checkpoint that was last saved or loaded
         self._writing: Background | None = None
         self._writing_batch = -1
@@ -121,7 +122,9 @@ class Checkpointer:
         """
         settings = self.config.checkpoint
         total = self.config.train.rollout_batches
-        stop = self._agree()
+        if self._began_after is None:
+            self._began_after = batch
+        stop = self._agree(made_progress=batch > self._began_after)
         due = batch > 0 and settings.every > 0 and (batch % settings.every == 0 or batch == total)
         if stop and self.signals is not None:
             self.signals.ignore()  # launchers end the other ranks with SIGTERM when the first has left
@@ -137,10 +140,11 @@ class Checkpointer:
             self._say(f"stopped on {why} after rollout batch {batch}; the same command with --run.resume goes on")
         return bool(stop) and batch < total
 
-    def _agree(self) -> int:
+    def _agree(self, *, made_progress: bool) -> int:
         """The signal that any rank was sent, or _DEADLINE, or 0. Also takes note of what the writers came to."""
         received = self.signals.received if self.signals is not None else None
-        over = 0 < self.config.checkpoint.deadline_s < time.time() - self._started_at
+        # A deadline that is over before the first batch of each start would let the run come back for ever.
+        over = made_progress and 0 < self.config.checkpoint.deadline_s < time.time() - self._started_at
         stop, over_somewhere, running, failed = self._most([received or 0, over, *self._writer_flags()])
         self._settle(running, failed)
         return stop or (_DEADLINE if over_somewhere else 0)
