@@ -465,6 +465,24 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class TelemetryConfig:
+    """What is measured of a training run beyond what each rollout batch gives anyway."""
+
+    every: int = 10
+    """Measure what costs extra in every this many rollout batches, from the first: gradient norms by expert;
+    0: never."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.every >= 0, f"telemetry.every={self.every} must be at least 0; 0 measures nothing that costs extra"
+        )
+
+    def is_due(self, batch: int) -> bool:
+        """Whether rollout batch `batch`, counted from 1, is measured."""
+        return self.every > 0 and (batch - 1) % self.every == 0
+
+
+@dataclass(frozen=True)
 class TrainLoopConfig:
     """Length of a training run."""
 
@@ -531,6 +549,7 @@ class TrainConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     train: TrainLoopConfig = field(default_factory=TrainLoopConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -1,6 +1,6 @@
-"""What a run records: the names of the metrics, the files they go to, and the summaries of a step's ratios.
+"""What a run records: the names of the metrics, and the files they go to.
 
-Nothing here communicates. The trainer reduces over ranks and calls these on rank 0.
+Nothing here communicates or computes: what a metric is, stability/ defines; rank 0 writes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ from collections.abc import Iterable, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from torch import Tensor
 
 from gspo_megatron.errors import CauseError, UserError, nearest
 
@@ -64,10 +61,31 @@ METRICS: dict[str, str] = {
     "old_logprob_gap_first_mini_batch": "largest |log s| in mini-batch 1, where no weight has changed yet (nats)",
     "router_aux_loss": "experts' load-balancing loss, mean over sequences and MoE layers; 1 is balanced (no unit)",
     "router_z_loss": "mean squared log-sum-exp of the router's logits, over sequences and MoE layers (nats²)",
+    "grad_norm_max": "largest global gradient norm before clipping of the batch's optimizer steps",
+    "clip_fraction_token_mini_batches": "clip_fraction_token of each mini-batch (list, 0-1)",
+    "clip_fraction_sequence_mini_batches": "clip_fraction_sequence of each mini-batch (list, 0-1)",
+    "clip_fraction_positive_mini_batches": "clip_fraction_positive of each mini-batch (list, 0-1)",
+    "clip_fraction_negative_mini_batches": "clip_fraction_negative of each mini-batch (list, 0-1)",
+    "log_ratio_sequence_std": "standard deviation of log s over sequences (nats)",
+    "log_weight_sequence_std": "standard deviation of log W, the sum over a response of log(new/old) (nats)",
+    "log_ratio_length_slope": "slope of log std(log s) against log length, after mini-batch 1; noise gives -1/2",
+    "log_weight_length_slope": "slope of log std(log W) against log length, after mini-batch 1; noise gives 1/2",
+    "ess_fraction_sequence": "effective sample size of the weights s over the number of sequences (0-1)",
+    "ess_fraction_weight": "effective sample size of the weights W over the number of sequences (0-1)",
+    "kl_rollout_trainer_k1": "k1 estimate of kl_rollout_trainer: mean log(engine/trainer), may be below 0 (nats)",
+    "kl_staleness": "k3 estimate of KL(old, new) per response token: what the batch's updates moved (nats)",
+    "kl_staleness_k1": "k1 estimate of kl_staleness (nats)",
+    "kl_total": "k3 estimate of KL(engine, new) per response token: mismatch and staleness together (nats)",
+    "kl_total_k1": "k1 estimate of kl_total: the sum of the other two k1 (nats)",
+    "expert_gradient_spread": "largest over MoE layers of expert_gradient_spread_layers (ratio)",
+    "expert_gradient_spread_layers": "largest over median gradient norm of a layer's experts (list by MoE layer)",
 }
 """Every key of metrics.jsonl, in order, with what it means and its unit. Not measured is null, never 0."""
 
 TEXT_METRICS = frozenset({"engine"})
+
+LIST_METRICS = frozenset(name for name in METRICS if name.endswith(("_mini_batches", "_layers")))
+"""Metrics of several numbers; single ones may be null. TensorBoard and W&B get them as name/0, name/1 …"""
 
 NON_FINITE = "non_finite"
 """Extra key of a row that had NaN or infinite values: {metric: "nan", "inf" or "-inf"}. The metric itself is null."""
@@ -84,7 +102,19 @@ SAMPLE_FIELDS: dict[str, str] = {
 """Every key of samples.jsonl, in order."""
 
 
-def _plain(value: Any) -> float | int | str | None:
+Scalar = float | int | str | None
+
+
+def _plain_list(value: Any) -> list[Scalar] | None:
+    """A list of Python scalars from a sequence of numbers; None stays."""
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"a metric of several numbers must be a list or None, not {type(value).__name__}")
+    return [_plain(x) for x in value]
+
+
+def _plain(value: Any) -> Scalar:
     """A Python scalar from a number, a NumPy scalar or a one-element tensor."""
     if value is None or isinstance(value, str):
         return value
@@ -95,18 +125,34 @@ def _plain(value: Any) -> float | int | str | None:
     raise TypeError(f"a metric must be a number, text or None, not {type(value).__name__}")
 
 
-def _complete(row: Mapping[str, Any], known: Mapping[str, str], what: str) -> dict[str, float | int | str | None]:
+def _complete(row: Mapping[str, Any], known: Mapping[str, str], what: str) -> dict[str, Any]:
     """The row's values under all known keys, in their order; null where the row has none."""
     for key in row:
         if key not in known:
             raise ValueError(f'"{key}" is no {what}.{nearest(key, known)} Add it to gspo_megatron/metrics.py first.')
-    return {key: _plain(row.get(key)) for key in known}
+    return {key: (_plain_list if key in LIST_METRICS else _plain)(row.get(key)) for key in known}
 
 
-def _json_line(values: Mapping[str, float | int | str | None]) -> str:
-    """One line of JSON. JSON has no NaN: such a value becomes null and is named under NON_FINITE."""
-    bad = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
-    row: dict[str, Any] = {k: None if k in bad else v for k, v in values.items()}
+def flatten_lists(values: Mapping[str, Any]) -> dict[str, Scalar]:
+    """The values with each list as name/0, name/1 …"""
+    flat: dict[str, Scalar] = {}
+    for key, value in values.items():
+        flat |= {f"{key}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {key: value}
+    return flat
+
+
+def _json_line(values: Mapping[str, Any]) -> str:
+    """One line of JSON. JSON has no NaN: such a value becomes null and is named under NON_FINITE, in a list as
+    name/position."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, list):
+            return [finite(x) for x in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    flat = flatten_lists(values)
+    bad = {k: str(v) for k, v in flat.items() if isinstance(v, float) and not math.isfinite(v)}
+    row: dict[str, Any] = {k: finite(v) for k, v in values.items()}
     if bad:
         row[NON_FINITE] = bad
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
@@ -176,7 +222,8 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one rollout batch's metrics. Keys of METRICS that the row lacks are written as null.
 
-        Values are numbers, NumPy scalars, one-element tensors, text or None; `step` is needed.
+        Values are numbers, NumPy scalars, one-element tensors, text or None, for LIST_METRICS lists of such or None;
+        `step` is needed.
 
         Raises:
             ValueError: a key is not in METRICS, or there is no `step`.
@@ -186,14 +233,14 @@ class MetricsWriter:
         if not isinstance(step, int):
             raise ValueError(f"a row of metrics needs an integer step, not {step!r}")
         _append(self._metrics, _json_line(values))
-        numbers = {k: v for k, v in values.items() if v is not None and k not in TEXT_METRICS}
+        measured = {k: v for k, v in flatten_lists(values).items() if v is not None}
         if self._tensorboard is not None:
-            for key, value in numbers.items():
-                if key != "step":
+            for key, value in measured.items():
+                if key != "step" and key not in TEXT_METRICS:
                     self._tensorboard.add_scalar(key, value, step)
             self._tensorboard.flush()
         if self._wandb_run is not None:
-            self._wandb_run.log({k: v for k, v in values.items() if v is not None})
+            self._wandb_run.log(measured)
 
     def write_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rollouts of one batch; each row has keys of SAMPLE_FIELDS (without `step`).
@@ -260,69 +307,3 @@ def _open_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
     # W&B's own step must never go back; after a resume ours does.
     run.define_metric("*", step_metric="step")
     return run
-
-
-# --- summaries -------------------------------------------------------------------------------------------------
-
-
-def _vector(values: np.ndarray | Tensor, dtype: type) -> np.ndarray:
-    """A one-dimensional NumPy array."""
-    array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    assert array.ndim == 1, f"expected a vector, got shape {array.shape}"
-    return array.astype(dtype)
-
-
-def _share(part: float, whole: float) -> float | None:
-    return float(part) / float(whole) if whole else None
-
-
-def summarize_ratios(
-    log_ratio: np.ndarray | Tensor,
-    clipped: np.ndarray | Tensor,
-    clipped_tokens_count: np.ndarray | Tensor,
-    num_tokens: np.ndarray | Tensor,
-    advantages: np.ndarray | Tensor,
-) -> dict[str, float | None]:
-    """Clip fractions and log-ratio quantiles of a rollout batch's sequences, gathered from all ranks.
-
-    Clip fractions are over the sequences that could be clipped: a non-zero advantage and at least one response
-    token. Log-ratio quantiles (linear interpolation) are over all sequences with at least one response token: a ratio
-    moves whether or not the sequence has a gradient of its own. None where nothing is left to count. A non-finite
-    log ratio makes the quantiles NaN; it is not left out.
-
-    Args:
-        log_ratio: [S] log s of each sequence, in nats.
-        clipped: [S] bool, any response token's term clipped.
-        clipped_tokens_count: [S] response tokens whose term is clipped.
-        num_tokens: [S] response tokens.
-        advantages: [S]; where advantages differ inside a response, their mean over it.
-
-    Returns:
-        clip_fraction_token, clip_fraction_sequence, clip_fraction_positive, clip_fraction_negative (0-1),
-        log_ratio_sequence_p01, _p50, _p99, _max_abs (nats).
-    """
-    ratio, advantage = _vector(log_ratio, float), _vector(advantages, float)
-    is_clipped = _vector(clipped, bool)
-    clipped_tokens, tokens = _vector(clipped_tokens_count, float), _vector(num_tokens, float)
-    sizes = {len(v) for v in (ratio, advantage, is_clipped, clipped_tokens, tokens)}
-    assert len(sizes) == 1, f"vectors of different lengths {sorted(sizes)}"
-
-    has_tokens = tokens > 0
-    live = has_tokens & (advantage != 0)
-    positive, negative = live & (advantage > 0), live & (advantage < 0)
-    measured = ratio[has_tokens]
-    quantiles: list[float | None] = [None, None, None, None]
-    if measured.size:
-        with np.errstate(invalid="ignore"):  # inf - inf while interpolating is NaN, which is what is reported
-            quantiles = [float(q) for q in np.quantile(measured, [0.01, 0.5, 0.99])]
-        quantiles.append(float(np.abs(measured).max()))
-    return {
-        "clip_fraction_token": _share(clipped_tokens[live].sum(), tokens[live].sum()),
-        "clip_fraction_sequence": _share(is_clipped[live].sum(), live.sum()),
-        "clip_fraction_positive": _share(is_clipped[positive].sum(), positive.sum()),
-        "clip_fraction_negative": _share(is_clipped[negative].sum(), negative.sum()),
-        "log_ratio_sequence_p01": quantiles[0],
-        "log_ratio_sequence_p50": quantiles[1],
-        "log_ratio_sequence_p99": quantiles[2],
-        "log_ratio_sequence_max_abs": quantiles[3],
-    }

@@ -86,11 +86,9 @@ class Recorder:
         tokens = row.pop("response_tokens")
         row |= outcome.times
         row["rollout_tokens_per_s"] = tokens / outcome.times["time_rollout_s"]
-        row["grad_norm"] = sum(r.grad_norm for r in outcome.results) / len(outcome.results)
-        row["learning_rate"] = outcome.results[-1].learning_rate
+        row |= step_metrics.of_steps(outcome.results)
         if outcome.sync.is_probed:
             row["sync_probe_max_abs"] = outcome.sync.probe_max_abs
-        row |= step_metrics.router_losses([r.router_losses for r in outcome.results])
         self._report_failures(step, records)
         self.write(step, row, evaluation)
         assert self.writer is not None

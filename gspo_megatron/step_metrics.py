@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,10 +15,26 @@ from torch import Tensor
 
 from gspo_megatron.algorithms import Algorithm, Mismatch, Objective, objective
 from gspo_megatron.experience import Experience
-from gspo_megatron.metrics import summarize_ratios
+from gspo_megatron.policy.policy import StepResult
 from gspo_megatron.policy.router import RouterLosses
 from gspo_megatron.policy.step import LossFunction
+from gspo_megatron.stability.divergence import divergence_sums
+from gspo_megatron.stability.gradients import expert_spread, largest
+from gspo_megatron.stability.ratios import clip_fractions, ratio_spread
 from gspo_megatron.types import MicroBatch
+
+SUMS = (
+    "loss",
+    "entropy",
+    "tokens",
+    "kl_reference",  # NaN: there is no reference
+    "mismatch_k1",
+    "mismatch_k3",
+    "staleness_k1",
+    "staleness_k3",
+    "total_k1",
+    "total_k3",
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +48,7 @@ class MicroStats:
     clipped_tokens: Tensor  # [S]
     num_tokens: Tensor  # [S]
     advantages: Tensor  # [S]
-    sums: Tensor  # [5] loss, entropy, k3 of engine and trainer, response tokens, KL to the reference (NaN: none)
+    sums: Tensor  # [10] SUMS, over response tokens but for the losses
     maxima: Tensor  # [2] token log-ratio, |engine - trainer|
 
 
@@ -62,9 +79,9 @@ def observe(
         [
             result.loss.detach().double(),
             torch.where(mask, entropy.detach(), zero).double().sum(),
-            (gap.expm1() - gap).double().sum(),
             mask.double().sum(),
             torch.full_like(zero[0], torch.nan).double() if result.kl is None else result.kl.double(),
+            *divergence_sums(logprobs, micro.old_logprobs, micro.rollout_logprobs, mask).flatten(),
         ]
     )
     maxima = torch.stack([token_log_ratio.max(), gap.abs().max()])
@@ -158,30 +175,63 @@ def record(
     return out
 
 
-def summarize(records: Sequence[RankRecord]) -> dict[str, float | None]:
-    """The metrics of one rollout batch from all ranks' records."""
-    row: dict[str, float | None] = {}
-    training = [r for r in records if r.sequences]
-    values = {
-        name: torch.tensor([x for r in training for part in r.sequences for x in part[name]], dtype=torch.float64)
-        for name in training[0].sequences[0]
-    }
-    row |= summarize_ratios(
-        values["log_ratio"],
-        values["clipped"].bool(),
-        values["clipped_tokens"],
-        values["num_tokens"],
-        values["advantages"],
+KL_METRICS = {
+    "kl_rollout_trainer": "mismatch_k3",
+    "kl_rollout_trainer_k1": "mismatch_k1",
+    "kl_staleness": "staleness_k3",
+    "kl_staleness_k1": "staleness_k1",
+    "kl_total": "total_k3",
+    "kl_total_k1": "total_k1",
+}
+
+
+def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The values of several parts of a batch's sequences, one after the other."""
+    return {name: torch.cat([torch.as_tensor(part[name], dtype=torch.float64) for part in parts]) for name in parts[0]}
+
+
+def _clip_fractions(values: dict[str, Tensor]) -> dict[str, float | None]:
+    return clip_fractions(
+        values["clipped"].bool(), values["clipped_tokens"], values["num_tokens"], values["advantages"]
     )
-    sums = torch.tensor([r.sums for r in training], dtype=torch.float64).sum(0)  # [mini-batches, 5]
+
+
+def of_steps(results: Sequence[StepResult]) -> dict[str, Any]:
+    """What every rank knows of the batch's optimizer steps."""
+    norms = [r.grad_norm for r in results]
+    experts = expert_spread([r.expert_gradient_norms for r in results if r.expert_gradient_norms is not None])
+    return {
+        "grad_norm": sum(norms) / len(norms),
+        "grad_norm_max": max(norms),
+        "learning_rate": results[-1].learning_rate,
+        "expert_gradient_spread": largest(experts),
+        "expert_gradient_spread_layers": experts,
+        **router_losses([r.router_losses for r in results]),
+    }
+
+
+def summarize(records: Sequence[RankRecord]) -> dict[str, Any]:
+    """The metrics of one rollout batch from all ranks' records."""
+    row: dict[str, Any] = {}
+    training = [r for r in records if r.sequences]
+    parts = [_joined([r.sequences[j] for r in training]) for j in range(len(training[0].sequences))]
+    whole = _joined(parts)
+    row |= _clip_fractions(whole)
+    of_each = [_clip_fractions(part) for part in parts]
+    row |= {f"{key}_mini_batches": [part[key] for part in of_each] for key in of_each[0]}
+    mini_batch = [j for j, part in enumerate(parts) for _ in part["log_ratio"]]
+    row |= ratio_spread(whole["log_ratio"], whole["num_tokens"], torch.tensor(mini_batch))
+    values = torch.tensor([r.sums for r in training], dtype=torch.float64).sum(0)  # [mini-batches, SUMS]
+    sums = dict(zip(SUMS, values.unbind(1), strict=True))
     maxima = torch.tensor([r.maxima for r in training], dtype=torch.float64).amax((0, 1))
-    loss, entropy, k3, tokens, kl_reference = sums.unbind(1)
-    row["loss"] = float(loss.mean())
-    if not kl_reference.isnan().all():
-        row["kl_reference"] = float(kl_reference.mean())
-    if tokens.sum() > 0:
-        row["entropy"] = float(entropy.sum() / tokens.sum())
-        row["kl_rollout_trainer"] = float(k3.sum() / tokens.sum())
+    row["loss"] = float(sums["loss"].mean())
+    if not sums["kl_reference"].isnan().all():
+        row["kl_reference"] = float(sums["kl_reference"].mean())
+    tokens = sums["tokens"].sum()
+    if tokens > 0:
+        row["entropy"] = float(sums["entropy"].sum() / tokens)
+        for key, name in KL_METRICS.items():
+            row[key] = float(sums[name].sum() / tokens)
         row["token_ratio_max"] = float(maxima[0].exp())
         row["sync_probe_max_abs"] = float(maxima[1])
     starts = [r.sequences[0] for r in training]

@@ -82,14 +82,16 @@ class Trainer:
                     self.job, self.algorithm, batch=batch, first_prompt=self.next_prompt, restore=self.resync
                 )
                 self.job.rest()
-            mini_batches, results = self.learn(experience.sequences)
+            mini_batches, results = self.learn(experience.sequences, measure=self.config.telemetry.is_due(batch))
             with self.timed("time_reshard_s"):
                 sync = self.sync()
         self.next_prompt = experience.next_prompt
         return BatchOutcome(generated_by, experience, mini_batches, results, sync, dict(self.times))
 
-    def learn(self, sequences: list[Sequence]) -> tuple[list[StepBatch], list[StepResult]]:
-        """Pack the replica's sequences once, recompute their log-probabilities, one optimizer step a mini-batch."""
+    def learn(self, sequences: list[Sequence], *, measure: bool = False) -> tuple[list[StepBatch], list[StepResult]]:
+        """Pack the replica's sequences once, recompute their log-probabilities, one optimizer step a mini-batch.
+
+        `measure`: also what is measured in some batches only."""
         mini_batches = distribute(
             sequences,
             self.job.groups,
@@ -103,7 +105,7 @@ class Trainer:
             if self.algorithm.needs_reference:
                 self.policy.fill_reference_logprobs(mini_batches)
         with self.timed("time_train_s"):
-            results = [self.policy.train_step(b, self.loss(b)) for b in mini_batches]
+            results = [self.policy.train_step(b, self.loss(b), measure_experts=measure) for b in mini_batches]
         return mini_batches, results
 
     def loss(self, batch: StepBatch) -> LossFunction:

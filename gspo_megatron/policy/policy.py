@@ -13,6 +13,7 @@ from gspo_megatron.config import KernelsConfig, MemoryConfig, ModelConfig, Optim
 from gspo_megatron.device import DTYPES, current_device
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.policy.checkpoint import Snapshot, after_loading, chunks_to_load, take_snapshot
+from gspo_megatron.policy.expert_gradients import expert_gradient_norms
 from gspo_megatron.policy.model import build_model, mark_parallel, parameter_slots, transformer_config
 from gspo_megatron.policy.optimizer import build_optimizer, build_schedule, wrap_ddp
 from gspo_megatron.policy.router import RouterLosses, collect_losses
@@ -34,6 +35,7 @@ class StepResult:
     grad_norm: float  # before clipping
     learning_rate: float
     router_losses: RouterLosses  # values; None where they are off
+    expert_gradient_norms: torch.Tensor | None = None  # [MoE layers, experts], before clipping; None: not measured
 
 
 class MegatronPolicy:
@@ -102,7 +104,7 @@ class MegatronPolicy:
         with torch.no_grad():  # Megatron's schedules leave that to the caller
             return [output[0] for output in forward_only(self.chunks, micro_batches, self.groups)]
 
-    def train_step(self, batch: StepBatch, loss_function: LossFunction) -> StepResult:
+    def train_step(self, batch: StepBatch, loss_function: LossFunction, *, measure_experts: bool = False) -> StepResult:
         """One optimizer step on the loss summed over all micro-batches of all ranks."""
         for chunk in self.chunks:
             if self.memory.offload_gradients:
@@ -117,6 +119,7 @@ class MegatronPolicy:
             num_global_sequences=batch.num_global_sequences,
             skip_zero_gradients=self.skip_zero_gradients,
         )
+        experts = expert_gradient_norms(self.chunks, self.weights, self.groups) if measure_experts else None
         self.schedule.step(1)
         succeeded, grad_norm, _ = self.optimizer.step()
         assert succeeded, "an optimizer without loss scaling never skips a step"
@@ -128,7 +131,7 @@ class MegatronPolicy:
             group=self.groups.world,
             device=self.device,
         )
-        return StepResult(reports, float(grad_norm), float(learning_rate), router_losses)
+        return StepResult(reports, float(grad_norm), float(learning_rate), router_losses, experts)
 
     def export(self, plan: ReshardPlan) -> Iterator[GatheredBucket]:
         """The weights as HF-named tensors at the plan's senders, bucket by bucket (`weights.plan` makes the plan)."""

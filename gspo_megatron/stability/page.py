@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gspo_megatron.metrics import METRICS, TEXT_METRICS
+from gspo_megatron.metrics import LIST_METRICS, METRICS, TEXT_METRICS
 from gspo_megatron.stability.figure import DARK, LIGHT
 from gspo_megatron.stability.quantities import first_last_gain, first_last_means
 from gspo_megatron.stability.run_data import Row, Run, config_differences, flatten, pick_samples
@@ -141,7 +141,7 @@ def _metrics_table(runs: Sequence[Run]) -> str:
             head.append(f'<th class="number{" run" if j == 0 else ""}">{name if j == 0 else ""}{column}</th>')
     rows, missing = [], []
     for key, meaning in METRICS.items():
-        if key in TEXT_METRICS or key == "step":
+        if key in TEXT_METRICS | LIST_METRICS or key == "step":
             continue
         values = [run.values(key) for run in runs]
         if not any(np.isfinite(v).any() for v in values):

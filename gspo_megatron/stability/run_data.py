@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gspo_megatron.errors import UserError
-from gspo_megatron.metrics import METRICS, NON_FINITE, TEXT_METRICS
+from gspo_megatron.metrics import LIST_METRICS, METRICS, NON_FINITE, TEXT_METRICS
 
 Row = dict[str, Any]
 
@@ -31,7 +31,7 @@ class Run:
     notes: list[str] = field(default_factory=list)  # what a reader must know about the records
 
     def values(self, key: str) -> np.ndarray:
-        """[rows] float64, NaN where not measured."""
+        """[rows] float64, NaN where not measured. Of a metric of one number."""
         return np.array([math.nan if row.get(key) is None else row[key] for row in self.rows], dtype=float)
 
     @property
@@ -85,6 +85,14 @@ def _checked(path: Path, number: int, row: Row) -> Row:
         value = row.get(key)
         if value is None:
             continue
+        if key in LIST_METRICS:
+            if not isinstance(value, list) or not all(x is None or isinstance(x, int | float) for x in value):
+                raise UserError(
+                    f"{path}, line {number}: {key}={value!r} is no list of numbers; repair or remove this line"
+                )
+            bad |= {f"{key}/{i}": str(x) for i, x in enumerate(value) if x is not None and not math.isfinite(x)}
+            row[key] = [x if x is not None and math.isfinite(x) else None for x in value]
+            continue
         if not isinstance(value, int | float):
             raise UserError(f"{path}, line {number}: {key}={value!r} is no number; repair or remove this line")
         if not math.isfinite(value):  # Python's reader takes NaN and Infinity, which other writers produce
@@ -107,7 +115,7 @@ def _read_metrics(path: Path) -> tuple[list[Row], list[str]]:
         repeated = len(lines) - len(by_step)
         notes.append(f"{repeated} rollout batches were run again (a resumed run); the later records are shown")
     rows = [by_step[step] for step in sorted(by_step)]
-    hurt = {key: sum(key in row[NON_FINITE] for row in rows) for key in METRICS}
+    hurt = {key: sum(any(name.split("/")[0] == key for name in row[NON_FINITE]) for row in rows) for key in METRICS}
     for key, count in hurt.items():
         if count:
             notes.append(f"{key} was NaN or infinite in {count} of {len(rows)} rows")

@@ -333,7 +333,7 @@ def optimizer_step(
     total_loss, kl = 0.0, 0.0
     for micro in result.reports if groups.reports_loss else []:
         total_loss += float(micro.sums[0])
-        kl += float(micro.sums[4])
+        kl += float(micro.sums[3])
         for index, value, clipped in zip(micro.sequence_ids.tolist(), micro.log_ratio, micro.clipped, strict=True):
             if index >= 0:
                 stats[index] = (float(value), bool(clipped))

@@ -14,7 +14,7 @@ import torch
 
 from gspo_megatron import metrics
 from gspo_megatron.errors import CauseError, UserError
-from gspo_megatron.metrics import METRICS, SAMPLE_FIELDS, MetricsWriter, summarize_ratios
+from gspo_megatron.metrics import METRICS, SAMPLE_FIELDS, MetricsWriter
 
 DOCUMENTED = [
     "step",
@@ -94,6 +94,17 @@ def test_non_finite_values_are_null_and_named(tmp_path: Path) -> None:
     assert "non_finite" not in good
 
 
+def test_lists_are_written_as_lists(tmp_path: Path) -> None:
+    key = "clip_fraction_token_mini_batches"
+    with plain_writer(tmp_path) as writer:
+        writer.write({"step": 1, key: [0.0, None, np.float64(0.5), math.nan]})
+        writer.write({"step": 2})
+    measured, absent = read_lines(tmp_path / "metrics.jsonl")
+    assert measured[key] == [0.0, None, 0.5, None]
+    assert measured["non_finite"] == {f"{key}/3": "nan"}
+    assert absent[key] is None
+
+
 def test_unknown_keys_are_refused_with_the_nearest(tmp_path: Path) -> None:
     with plain_writer(tmp_path) as writer:
         with pytest.raises(ValueError, match=r'"reward_men" is no metric\. Did you mean "reward_mean"\?'):
@@ -104,6 +115,8 @@ def test_unknown_keys_are_refused_with_the_nearest(tmp_path: Path) -> None:
             writer.write_samples(1, [{"promt": "x"}])
         with pytest.raises(TypeError, match="list"):
             writer.write({"step": 1, "reward_mean": [1.0]})
+        with pytest.raises(TypeError, match="must be a list or None, not float"):
+            writer.write({"step": 1, "clip_fraction_token_mini_batches": 1.0})
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
@@ -134,9 +147,14 @@ def test_tensorboard_holds_what_was_measured(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, tensorboard=True, wandb_project="", config={"run": {"seed": 3}}) as writer:
         writer.write({"step": 1, "reward_mean": 0.25, "engine": "embedded"})
         writer.write({"step": 2, "reward_mean": 0.75, "grad_norm": math.inf})
+        writer.write({"step": 3, "clip_fraction_token_mini_batches": [None, 0.5]})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert events.Tags()["scalars"] == ["reward_mean", "grad_norm"]
+    assert events.Tags()["scalars"] == [
+        "reward_mean",
+        "grad_norm",
+        "clip_fraction_token_mini_batches/1",
+    ]
     assert [(e.step, e.value) for e in events.Scalars("reward_mean")] == [(1, 0.25), (2, 0.75)]
     assert events.Scalars("grad_norm")[0].value == math.inf
 
@@ -192,12 +210,13 @@ def test_wandb_gets_the_config_and_the_rows(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "wandb", fake)
     folder = tmp_path / "run1"
     with MetricsWriter(folder, tensorboard=False, wandb_project="p", config={"run": {"seed": 3}}) as writer:
-        writer.write({"step": 5, "reward_mean": 0.5, "engine": "embedded"})
+        writer.write({"step": 5, "reward_mean": 0.5, "engine": "embedded", "expert_gradient_spread_layers": [1, 2]})
         writer.close()  # closing twice is fine
+    spread = {"expert_gradient_spread_layers/0": 1, "expert_gradient_spread_layers/1": 2}
     assert fake.calls == [
         ("init", ("p", "run1", str(folder), {"run": {"seed": 3}})),
         ("define_metric", ("*", "step")),
-        ("log", {"step": 5, "reward_mean": 0.5, "engine": "embedded"}),
+        ("log", {"step": 5, "engine": "embedded", "reward_mean": 0.5} | spread),
         ("finish", None),
     ]
 
@@ -206,54 +225,6 @@ def test_wandb_without_a_login_names_the_remedy(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(broken=True))
     with pytest.raises(UserError, match=r"No API key configured.*WANDB_MODE=offline"):
         MetricsWriter(tmp_path, tensorboard=False, wandb_project="p", config={})
-
-
-def test_ratio_summary_counts_what_could_be_clipped() -> None:
-    summary = summarize_ratios(
-        log_ratio=torch.tensor([0.1, -0.2, 0.3, 9.0, -0.5, 0.0]),
-        clipped=torch.tensor([True, False, True, True, True, False]),
-        clipped_tokens_count=torch.tensor([4, 0, 2, 3, 5, 0]),
-        num_tokens=torch.tensor([4, 6, 2, 0, 5, 8]),  # the fourth has no response token
-        advantages=torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0, -2.0]),  # the fifth has no gradient
-    )
-    assert summary["clip_fraction_sequence"] == 2 / 4
-    assert summary["clip_fraction_token"] == 6 / 20
-    assert summary["clip_fraction_positive"] == 1 / 2
-    assert summary["clip_fraction_negative"] == 1 / 2
-    ratios = np.array([0.1, -0.2, 0.3, -0.5, 0.0], dtype=np.float32).astype(float)
-    assert summary["log_ratio_sequence_max_abs"] == 0.5
-    assert summary["log_ratio_sequence_p50"] == 0.0
-    # Linear interpolation between order statistics: position q·(n − 1).
-    ordered = np.sort(ratios)
-    assert summary["log_ratio_sequence_p01"] == pytest.approx(ordered[0] + 0.04 * (ordered[1] - ordered[0]))
-    assert summary["log_ratio_sequence_p99"] == pytest.approx(ordered[3] + 0.96 * (ordered[4] - ordered[3]))
-    assert set(summary) <= set(METRICS)
-
-
-def test_ratio_summary_is_none_where_nothing_counts() -> None:
-    flags, zeros, ones = np.array([False, True]), np.zeros(2), np.ones(2)
-    no_gradient = summarize_ratios(np.array([0.1, 0.3]), flags, ones, ones, zeros)
-    assert [no_gradient[f"clip_fraction_{k}"] for k in ("token", "sequence", "positive", "negative")] == [None] * 4
-    assert no_gradient["log_ratio_sequence_p50"] == pytest.approx(0.2)
-    one_sign = summarize_ratios(np.array([0.1, 0.3]), flags, ones, ones, ones)
-    assert (one_sign["clip_fraction_positive"], one_sign["clip_fraction_negative"]) == (0.5, None)
-    no_tokens = summarize_ratios(np.array([0.1, 0.3]), flags, zeros, zeros, ones)
-    empty = summarize_ratios(*[np.zeros(0)] * 5)
-    assert set(no_tokens.values()) == set(empty.values()) == {None}
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_ratio_summary_does_not_hide_non_finite_ratios(bad: float) -> None:
-    summary = summarize_ratios(np.array([bad, 0.0]), np.array([True, False]), np.ones(2), np.ones(2), np.ones(2))
-    assert not math.isfinite(summary["log_ratio_sequence_max_abs"] or 0)
-    assert not math.isfinite(summary["log_ratio_sequence_p99"] or 0)
-    assert summary["clip_fraction_sequence"] == 0.5
-
-
-def test_ratio_summary_refuses_vectors_that_do_not_match() -> None:
-    with pytest.raises(AssertionError, match=r"different lengths \[2, 3\]"):
-        summarize_ratios(np.zeros(3), np.zeros(2), np.zeros(2), np.zeros(2), np.zeros(2))
 
 
 def test_a_full_disk_is_said_with_what_helps() -> None:
