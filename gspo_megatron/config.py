@@ -8,7 +8,7 @@ together is checked in preflight.py.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from gspo_megatron.errors import UserError
@@ -70,6 +70,9 @@ class ModelConfig:
     layer it is 1. 0: none."""
     router_z_loss: float = 0.0
     """Weight of the mean squared log-sum-exp of the router's logits, summed over MoE layers. 0: none."""
+    routing_replay: Literal["off", "r2", "r3"] = "off"
+    """Experts that a training pass sends tokens to: its own routers' choice; those that the pass for the old
+    log-probabilities chose ("r2"); or, in both, those that the rollout engine chose ("r3")."""
 
     def __post_init__(self) -> None:
         for name in ("router_aux_loss", "router_z_loss"):
@@ -228,6 +231,8 @@ class RolloutConfig(GenerationConfig):
     truncated: Literal["score", "zero", "mask", "drop"] = "score"
     """Responses cut at max_response_tokens: scored like others; reward 0; scored, but without gradient ("mask"); or
     also left out of the group's statistics ("drop"). They stay counted in N."""
+    routed_experts: bool = False
+    """Have the engine return the experts that it sent each token to. On by itself with model.routing_replay = "r3"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -292,8 +297,8 @@ class SGLangConfig:
     """Held-out prompts whose responses are sampled from every server after an update, to compare log-probabilities with
     the trainer's (sync_probe_max_abs); 0: none."""
     routed_experts: bool = False
-    """Have the servers return the experts of each token. They must be started with --enable-return-routed-experts, as
-    those started here are."""
+    """Start servers that can return the experts of each token. On by itself where `rollout.routed_experts` or
+    `model.routing_replay` asks for them. Named servers must have been started with --enable-return-routed-experts."""
     colocate: bool = False
     """The servers run on the trainer's GPUs: release their memory while the policy trains. With transport "tensor" or
     "disk"."""
@@ -553,6 +558,16 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if self.returns_routes and self.rollout.engine == "sglang":
+            # Here, so that `serve` starts them with it too.
+            object.__setattr__(self, "sglang", replace(self.sglang, routed_experts=True))
+
+    @property
+    def returns_routes(self) -> bool:
+        """Whether rollouts carry the experts of their tokens."""
+        return self.rollout.routed_experts or self.model.routing_replay == "r3"
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def _generate(
         max_response_tokens=config.rollout.max_response_tokens,
         stop_token_ids=job.tokenizer.stop_token_ids,
         seed=(config.run.seed * 1_000_003 + seed) * job.groups.layout.data + job.groups.coordinates.data,
+        routes=config.returns_routes,
     )
     generated = generate(job, mine, params, restore)
     if job.scorer is None:
@@ -137,6 +138,8 @@ def _sequence(index: int, rollout: Rollout, advantage: torch.Tensor, config: Tra
         response_mask=rollout.response_mask & _trains(rollout, config),
         rollout_logprobs=rollout.rollout_logprobs,
         advantages=advantage,
+        routes=rollout.routes,
+        routes_valid=rollout.routes_valid,
     )
 
 

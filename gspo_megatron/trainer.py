@@ -99,6 +99,7 @@ class Trainer:
             token_budget=self.config.data.token_budget,
             pad_token_id=self.job.tokenizer.pad_token_id,
             device=self.job.device,
+            routes=self.policy.route_shape if self.config.returns_routes else None,
         )
         with self.timed("time_logprobs_s"):
             self.policy.fill_old_logprobs(mini_batches)

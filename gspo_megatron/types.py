@@ -56,6 +56,34 @@ class Sequence:
     response_mask: Tensor  # [L] bool; all False for a sequence that trains nothing but is counted in N
     rollout_logprobs: Tensor  # [L] float32
     advantages: Tensor  # [] one value for the response, or [L] one a token (float32)
+    routes: Tensor | None = None  # [L-1, layers, k] int16, experts of *input* token i; those of RouteShape's layers
+    routes_valid: Tensor | None = None  # [L-1] bool
+
+
+@dataclass(frozen=True)
+class RouteShape:
+    """Of which MoE layers one rank keeps routes. Layers are counted among the model's MoE layers, from 0."""
+
+    layers: tuple[int, ...]  # of this rank's pipeline stage, ascending
+    num_layers: int  # of the whole model
+    experts_per_token: int  # k
+
+
+@dataclass(frozen=True)
+class RecordedRoutes:
+    """What the routers of one rank chose in a micro-batch without being told, on the device.
+
+    Rows are the run of the micro-batch's tokens that this rank's routers see (T/tp of them, see RouteShape for the
+    layers): each (real token, layer) of a rollout batch is in one row of one rank, and sums over the ranks are exact.
+    Of a replayed pass it is what the routers would have chosen for the hidden states that replay made.
+    """
+
+    layers: tuple[int, ...]  # places among the model's MoE layers, ascending: axis 1 of `experts`
+    first_token: int  # row i is token first_token + i of the micro-batch
+    is_real: Tensor  # [T/tp] bool, False for padding; whatever is there counts nowhere
+    experts: Tensor  # [T/tp, layers, k] int16, most probable first
+    entropy: Tensor  # [layers] float64, of the experts' shares of a token's scores (nats), summed over real tokens
+    load: Tensor  # [layers, E] int64, real tokens that chose each expert
 
 
 @dataclass
@@ -80,8 +108,9 @@ class MicroBatch:
     num_padding_tokens: int  # of the whole pack, behind sequences and at its end
     old_logprobs: Tensor | None = None  # [T] float32, the trainer's recompute; last pipeline stage only
     reference_logprobs: Tensor | None = None  # [T] float32, last pipeline stage only
-    routes: Tensor | None = None  # [T, moe_layers, k] int16
-    routes_valid: Tensor | None = None  # [T] bool
+    routes: Tensor | None = None  # [T/tp, layers, k] int16, the engine's experts, in the rows of RecordedRoutes
+    routes_valid: Tensor | None = None  # [T/tp] bool, False for padding and tokens without a route
+    recorded: RecordedRoutes | None = None  # of the pass that filled old_logprobs
     response_tokens: Tensor = field(init=False)  # [R] int64: where response_mask is true
 
     def __post_init__(self) -> None:

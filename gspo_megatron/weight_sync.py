@@ -155,7 +155,7 @@ def _gaps(policy: MegatronPolicy, job: Job, sequences: list[TrainSequence]) -> t
         pad_token_id=job.tokenizer.pad_token_id,
         device=job.device,
     )
-    policy.fill_old_logprobs(batches)
+    policy.fill_old_logprobs(batches, replay=False)
     mine: list[float] = []
     if job.groups.is_last_stage and job.groups.coordinates.tensor == 0:
         for micro in batches[0].micro_batches:

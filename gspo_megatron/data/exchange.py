@@ -6,7 +6,9 @@ to their tensor-, context- and pipeline-parallel peers. No rank ever holds the w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,7 @@ from torch import Tensor
 from gspo_megatron.data.micro_batch import pack
 from gspo_megatron.data.packing import plan_packing
 from gspo_megatron.groups import ProcessGroups
-from gspo_megatron.types import Sequence, StepBatch
+from gspo_megatron.types import RouteShape, Sequence, StepBatch
 
 HEADER = 3  # numbers in front of each sequence: index, length, 1 if its advantages are per token
 
@@ -28,12 +30,14 @@ def distribute(
     token_budget: int,
     pad_token_id: int,
     device: torch.device,
+    routes: RouteShape | None = None,
 ) -> list[StepBatch]:
     """One StepBatch per mini-batch on this rank. Collective over all ranks.
 
     `sequences` are this replica's own, given at its head, empty elsewhere. Indices over all heads are
     0 … N-1; mini-batch j holds the j-th of `mini_batches` equal runs of them, so it is the same set of
-    sequences in every layout.
+    sequences in every layout. With `routes`, the same on all ranks but for its layers, micro-batches carry the routes
+    that sequences have.
     """
     lengths = _all_lengths(sequences, groups, device)
     size, rest = divmod(len(lengths), mini_batches)
@@ -59,7 +63,10 @@ def distribute(
     outgoing: list[list[Sequence]] = [[] for _ in range(layout.data)]
     for sequence in sequences:
         outgoing[home[sequence.index]].append(sequence)
-    mine = {s.index: s for s in _exchange(outgoing, groups, device)}
+    arrived = _exchange(outgoing, groups, device)
+    if routes is not None:
+        arrived = _exchange_routes(outgoing, arrived, routes, groups, device)
+    mine = {s.index: s for s in arrived}
 
     batches = []
     for j, plan in enumerate(plans):
@@ -71,6 +78,8 @@ def distribute(
                 tensor_parallel=layout.tensor,
                 context_parallel=layout.context,
                 context_rank=groups.coordinates.context,
+                tensor_rank=groups.coordinates.tensor,
+                routes=routes,
             )
             for micro in plan.assignment[groups.coordinates.data]
         ]
@@ -101,9 +110,16 @@ def _broadcast(data: Tensor, groups: ProcessGroups, replica: int) -> Tensor:
 
 def _exchange(outgoing: list[list[Sequence]], groups: ProcessGroups, device: torch.device) -> list[Sequence]:
     """Send sequences to the replicas they belong to; returns this replica's, on all its ranks."""
-    flat = torch.empty(0, dtype=torch.float64, device=device)
+    return _decode(_move([_encode(sequences) for sequences in outgoing], groups, device))
+
+
+def _move(parts: list[Tensor], groups: ProcessGroups, device: torch.device) -> Tensor:
+    """Send the heads' flat `parts`, one for each replica, there; returns what this replica got, on all its ranks' CPUs.
+
+    What arrives is in the order of the senders. Collective over all ranks.
+    """
+    flat = torch.empty(0, dtype=parts[0].dtype, device=device)
     if groups.is_head:  # the heads form one data-parallel group
-        parts = [_encode(sequences) for sequences in outgoing]
         flat = torch.cat(parts).to(device)
         if groups.layout.data > 1:
             sent = torch.tensor([p.numel() for p in parts], device=device)
@@ -118,7 +134,46 @@ def _exchange(outgoing: list[list[Sequence]], groups: ProcessGroups, device: tor
         if not groups.is_head:
             flat = flat.new_empty(int(size))
         dist.broadcast(flat, groups.head_rank, group=groups.replica)
-    return _decode(flat.cpu())
+    return flat.cpu()
+
+
+def _exchange_routes(
+    outgoing: list[list[Sequence]],
+    arrived: list[Sequence],
+    shape: RouteShape,
+    groups: ProcessGroups,
+    device: torch.device,
+) -> list[Sequence]:
+    """The sequences that arrived, with their routes in this rank's layers.
+
+    Layer by layer, so that a device never holds more of them; as bytes, since NCCL knows no int16.
+    """
+
+    def moved(of: Callable[[Sequence], Tensor]) -> Tensor:
+        nothing = torch.empty(0, dtype=torch.uint8)
+        parts = [torch.cat([nothing, *(of(s).contiguous().view(torch.uint8).flatten() for s in to)]) for to in outgoing]
+        return _move(parts, groups, device)
+
+    def valid(s: Sequence) -> Tensor:
+        return torch.zeros(s.token_ids.numel() - 1, dtype=torch.bool) if s.routes_valid is None else s.routes_valid
+
+    def experts(s: Sequence, layer: int) -> Tensor:
+        if s.routes is None:
+            return torch.zeros(s.token_ids.numel() - 1, shape.experts_per_token, dtype=torch.int16)
+        assert s.routes.shape[1:] == (shape.num_layers, shape.experts_per_token), (s.routes.shape, shape)
+        return s.routes[:, layer]
+
+    rows = [s.token_ids.numel() - 1 for s in arrived]
+    all_valid = moved(valid).view(torch.bool)
+    kept = []
+    for layer in range(shape.num_layers):
+        of_layer = moved(lambda s, layer=layer: experts(s, layer))  # type: ignore[misc]
+        if layer in shape.layers:
+            kept.append(of_layer.view(torch.int16).reshape(-1, shape.experts_per_token))
+    none = torch.empty(sum(rows), 0, shape.experts_per_token, dtype=torch.int16)
+    whole = torch.stack(kept, 1) if kept else none
+    pairs = zip(arrived, whole.split(rows), all_valid.split(rows), strict=True)
+    return [replace(s, routes=own, routes_valid=is_valid) for s, own, is_valid in pairs]
 
 
 def _encode(sequences: SequenceOf[Sequence]) -> Tensor:

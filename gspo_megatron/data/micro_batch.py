@@ -8,7 +8,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
-from gspo_megatron.types import MicroBatch, Sequence
+from gspo_megatron.types import MicroBatch, RouteShape, Sequence
 
 
 def pack(
@@ -19,13 +19,15 @@ def pack(
     tensor_parallel: int = 1,
     context_parallel: int = 1,
     context_rank: int = 0,
+    tensor_rank: int = 0,
+    routes: RouteShape | None = None,
 ) -> MicroBatch:
     """One micro-batch, padded no further than the layout demands.
 
     Context parallelism cuts each sequence into 2 × context_parallel equal chunks, so that each is padded to a
     multiple of it; sequence parallelism cuts a rank's tokens over the tensor-parallel ranks, so that a trailing
     padding sequence fills T up. With no sequences at all the micro-batch is padding alone: it trains nothing,
-    but its collectives run.
+    but its collectives run. With `routes` it carries those of the sequences, as far as this rank's routers see them.
     """
     chunks = 2 * context_parallel if context_parallel > 1 else 1
     multiple_of = math.lcm(chunks, context_parallel * tensor_parallel)
@@ -66,10 +68,29 @@ def pack(
         max_seqlen=max(lengths) // context_parallel,
         num_padding_tokens=sum(lengths) - sum(real_lengths),
     )
+    if routes is not None:
+        rows = share.chunk(tensor_parallel)[tensor_rank]
+        micro.routes, micro.routes_valid = _packed_routes(sequences, lengths, rows, routes)
     for name, value in vars(micro).items():
         if isinstance(value, Tensor):
             setattr(micro, name, value.to(device))
     return micro
+
+
+def _packed_routes(
+    sequences: SequenceOf[Sequence], lengths: SequenceOf[int], rows: Tensor, shape: RouteShape
+) -> tuple[Tensor, Tensor]:
+    """Experts [T/tp, layers, k] of the tokens `rows` of the pack, and [T/tp] whether there are any."""
+    experts = torch.zeros(sum(lengths), len(shape.layers), shape.experts_per_token, dtype=torch.int16)
+    valid = torch.zeros(sum(lengths), dtype=torch.bool)
+    start = 0
+    for sequence, length in zip(sequences, lengths, strict=False):
+        if sequence.routes is not None:
+            assert sequence.routes_valid is not None
+            at = slice(start, start + len(sequence.routes))  # of input tokens: the last one has none
+            experts[at], valid[at] = sequence.routes, sequence.routes_valid
+        start += length
+    return experts[rows], valid[rows]
 
 
 def context_share(lengths: SequenceOf[int], *, context_parallel: int, context_rank: int) -> Tensor:

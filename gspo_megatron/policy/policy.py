@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from gspo_megatron.policy.checkpoint import Snapshot, after_loading, chunks_to_l
 from gspo_megatron.policy.expert_gradients import expert_gradient_norms
 from gspo_megatron.policy.model import build_model, mark_parallel, parameter_slots, transformer_config
 from gspo_megatron.policy.optimizer import build_optimizer, build_schedule, wrap_ddp
-from gspo_megatron.policy.router import RouterLosses, collect_losses
+from gspo_megatron.policy.router import RouterLosses, collect_losses, number_routers
+from gspo_megatron.policy.routing import RoutePass, RoutingReplay
 from gspo_megatron.policy.step import LossFunction, forward_backward, forward_only
 from gspo_megatron.policy.weights import PolicyWeights, ReferenceWeights
-from gspo_megatron.types import MicroBatch, StepBatch
+from gspo_megatron.types import MicroBatch, RecordedRoutes, RouteShape, StepBatch
 from gspo_megatron.weights.families import load_fields
 from gspo_megatron.weights.gather import GatheredBucket
 from gspo_megatron.weights.hf_checkpoint import save_hf_folder
@@ -36,6 +38,7 @@ class StepResult:
     learning_rate: float
     router_losses: RouterLosses  # values; None where they are off
     expert_gradient_norms: torch.Tensor | None = None  # [MoE layers, experts], before clipping; None: not measured
+    routing_replayed: float | None = None  # share of (real token, MoE layer) pairs replayed; None: replay is off
 
 
 class MegatronPolicy:
@@ -84,12 +87,42 @@ class MegatronPolicy:
             and not self.router_losses.is_on
         )
         self.reference = ReferenceWeights(self.weights.parameters) if keep_reference else None
+        self.routing = RoutingReplay(model.routing_replay, groups, self.route_shape, self.fields.num_experts or 0)
 
-    def fill_old_logprobs(self, batches: Sequence[StepBatch]) -> None:
-        """Set old_logprobs of every micro-batch, on the last pipeline stage, from a pass without gradient."""
+    @cached_property
+    def route_shape(self) -> RouteShape:
+        """Of which MoE layers this rank holds the routers, and so needs routes."""
+        numbers = number_routers(module for chunk in self.chunks for module in chunk.modules())
+        moe_layers = self.fields.moe_layers
+        places = tuple(moe_layers.index(number) for number in numbers)
+        return RouteShape(places, len(moe_layers), self.fields.experts_per_token or 0)
+
+    def fill_old_logprobs(
+        self, batches: Sequence[StepBatch], *, record_routes: bool = False, replay: bool = True
+    ) -> None:
+        """Set old_logprobs of every micro-batch, on the last pipeline stage, from a pass without gradient.
+
+        `record_routes` sets `recorded` too, on every stage; routing replay "r2" does so by itself. Without `replay` the
+        routers choose: for what is no rollout batch to train on.
+        """
+        if replay:
+            self.routing.start_batch()
         for batch in batches:
-            for micro, logprobs in zip(batch.micro_batches, self._logprobs(batch.micro_batches), strict=False):
+            passes = self.routing.logprob_passes(batch.micro_batches, record=record_routes, replay=replay)
+            for micro, logprobs in zip(batch.micro_batches, self._logprobs(batch.micro_batches, passes), strict=False):
                 micro.old_logprobs = logprobs
+            for micro, told in zip(batch.micro_batches, passes, strict=True):
+                micro.recorded = self.routing.recorded(micro, told)
+
+    def routes(self, batches: Sequence[StepBatch]) -> list[list[RecordedRoutes]]:
+        """What `fill_old_logprobs` would record of each micro-batch now, by a forward pass of its own."""
+        recorded = []
+        for batch in batches:
+            passes = self.routing.logprob_passes(batch.micro_batches, record=True, replay=True)
+            self._logprobs(batch.micro_batches, passes)
+            pairs = zip(batch.micro_batches, passes, strict=True)
+            recorded.append([routes for micro, told in pairs if (routes := self.routing.recorded(micro, told))])
+        return recorded
 
     def fill_reference_logprobs(self, batches: Sequence[StepBatch]) -> None:
         """Set reference_logprobs of every micro-batch, on the last pipeline stage."""
@@ -100,17 +133,24 @@ class MegatronPolicy:
                 for micro, logprobs in zip(batch.micro_batches, self._logprobs(batch.micro_batches), strict=False):
                     micro.reference_logprobs = logprobs
 
-    def _logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+    def _logprobs(
+        self, micro_batches: Sequence[MicroBatch], routes: Sequence[RoutePass | None] | None = None
+    ) -> list[torch.Tensor]:
         with torch.no_grad():  # Megatron's schedules leave that to the caller
-            return [output[0] for output in forward_only(self.chunks, micro_batches, self.groups)]
+            return [output[0] for output in forward_only(self.chunks, micro_batches, self.groups, routes=routes)]
 
     def train_step(self, batch: StepBatch, loss_function: LossFunction, *, measure_experts: bool = False) -> StepResult:
-        """One optimizer step on the loss summed over all micro-batches of all ranks."""
+        """One optimizer step on the loss summed over all micro-batches of all ranks.
+
+        Raises:
+            CauseError: routing replay has no effect on some router.
+        """
         for chunk in self.chunks:
             if self.memory.offload_gradients:
                 chunk.restore_grad_buffers()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        passes = self.routing.train_passes(batch.micro_batches)
         reports = forward_backward(
             self.chunks,
             batch.micro_batches,
@@ -118,7 +158,9 @@ class MegatronPolicy:
             self.groups,
             num_global_sequences=batch.num_global_sequences,
             skip_zero_gradients=self.skip_zero_gradients,
+            routes=passes,
         )
+        counts = self.routing.count(batch.micro_batches, passes)
         experts = expert_gradient_norms(self.chunks, self.weights, self.groups) if measure_experts else None
         self.schedule.step(1)
         succeeded, grad_norm, _ = self.optimizer.step()
@@ -131,7 +173,8 @@ class MegatronPolicy:
             group=self.groups.world,
             device=self.device,
         )
-        return StepResult(reports, float(grad_norm), float(learning_rate), router_losses, experts)
+        replayed = None if counts is None else counts.replayed_fraction
+        return StepResult(reports, float(grad_norm), float(learning_rate), router_losses, experts, replayed)
 
     def export(self, plan: ReshardPlan) -> Iterator[GatheredBucket]:
         """The weights as HF-named tensors at the plan's senders, bucket by bucket (`weights.plan` makes the plan)."""

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from gspo_megatron.groups import Group
+from gspo_megatron.policy.routing import RoutePass, RouterCall, sequence_of
 from gspo_megatron.types import MicroBatch
 
 
@@ -33,15 +34,12 @@ class RouterInputs:
 
     micro: MicroBatch
     num_global_sequences: int | None  # N of the optimizer step; None in a pass that trains nothing
+    routes: RoutePass | None = None  # None: the routers choose, and nothing is written down
 
     @cached_property
     def sequence(self) -> Tensor:
         """[T] int64, place of each token's sequence in the pack; S for padding. Made when first asked for."""
-        micro = self.micro
-        token = torch.arange(micro.num_tokens, device=micro.cu_seqlens.device, dtype=micro.cu_seqlens.dtype)
-        sequence = torch.searchsorted(micro.cu_seqlens, token, right=True) - 1
-        is_real = micro.positions < micro.lengths[sequence]
-        return torch.where(is_real, sequence, micro.lengths.numel())
+        return sequence_of(self.micro)
 
 
 @dataclass(frozen=True)
@@ -90,13 +88,23 @@ class Router(TopKRouter):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.losses = losses
+        self.router_replay: RouterCall | None = None  # that of the call in progress
+        self.place = -1  # among this rank's routers, see `number_routers`
         self.observed: Tensor | None = None  # [2] float64, this rank's share of aux and z since `collect_losses`
 
     def routing(self, logits: Tensor, padding_mask: RouterInputs | None = None) -> tuple[Tensor, Tensor]:
         """logits [T/tp, 1, E] -> probabilities and chosen experts [T/tp, E]. Megatron hands the second argument of
         `forward` on by this name."""
         inputs = padding_mask
-        probs, routing_map = super().routing(logits)
+        if inputs is None or inputs.routes is None:
+            probs, routing_map = super().routing(logits)
+        else:
+            self.router_replay = call = RouterCall(inputs.routes, self.place)
+            try:
+                probs, routing_map = super().routing(logits)
+            finally:
+                self.router_replay = None
+            call.finish(routing_map, self._shares(logits.flatten(0, -2)) if inputs.routes.recording else None)
         if self.losses.is_on and torch.is_grad_enabled():
             assert inputs is not None
             probs = AddLoss.apply(probs, self._loss(logits.flatten(0, -2), routing_map, inputs))
@@ -178,6 +186,14 @@ class Layer(TransformerLayer):
         hidden_states, context = self._forward_attention(*args, **kwargs)
         inputs = kwargs["packed_seq_params"].router_inputs if self.is_moe_layer else None
         return self._forward_mlp(hidden_states, padding_mask=inputs), context
+
+
+def number_routers(modules: Iterable[torch.nn.Module]) -> tuple[int, ...]:
+    """Count this rank's routers in the order of their layers; returns the layers' numbers in the model, from 0."""
+    routers = sorted((m for m in modules if isinstance(m, Router)), key=lambda router: router.layer_number)
+    for place, router in enumerate(routers):
+        router.place = place
+    return tuple(router.layer_number - 1 for router in routers)
 
 
 def collect_losses(

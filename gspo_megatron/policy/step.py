@@ -14,6 +14,7 @@ from torch import Tensor
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.policy.attention import packed_sequences
 from gspo_megatron.policy.router import RouterInputs
+from gspo_megatron.policy.routing import RoutePass
 from gspo_megatron.types import MicroBatch
 
 # (logprobs[T], entropy[T], micro_batch) -> (loss, whatever the caller wants to know about the micro-batch)
@@ -28,6 +29,7 @@ def forward_backward(
     *,
     num_global_sequences: int,
     skip_zero_gradients: bool = False,
+    routes: Sequence[RoutePass | None] | None = None,
 ) -> list[Any]:
     """Accumulate the gradient of the loss function summed over micro-batches and reduce it over all ranks.
 
@@ -36,6 +38,7 @@ def forward_backward(
     `num_global_sequences` is that N, for the routers' losses, whose gradients come on top.
     `skip_zero_gradients` leaves out the backward pass of a micro-batch whose tokens all have gradient 0. Only for
     layouts whose backward pass communicates between the tensor- and context-parallel ranks of one replica alone.
+    `routes` says for each micro-batch what its routers are told.
     Returns the loss function's reports on the last pipeline stage, [] elsewhere.
     """
 
@@ -45,7 +48,15 @@ def forward_backward(
             value = _without_idle_backward(value, output, groups)
         return value, torch.zeros([], dtype=torch.int, device=value.device), report
 
-    return _run(chunks, micro_batches, loss, groups, num_global_sequences=num_global_sequences, forward_only=False)
+    return _run(
+        chunks,
+        micro_batches,
+        loss,
+        groups,
+        num_global_sequences=num_global_sequences,
+        forward_only=False,
+        routes=routes,
+    )
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -76,7 +87,11 @@ def _without_idle_backward(value: Tensor, output: Tensor, groups: ProcessGroups)
 
 
 def forward_only(
-    chunks: Sequence[DistributedDataParallel], micro_batches: Sequence[MicroBatch], groups: ProcessGroups
+    chunks: Sequence[DistributedDataParallel],
+    micro_batches: Sequence[MicroBatch],
+    groups: ProcessGroups,
+    *,
+    routes: Sequence[RoutePass | None] | None = None,
 ) -> list[Tensor]:
     """[2, T] log-probabilities and entropies per micro-batch on the last pipeline stage, [] elsewhere; 0 at tokens
     outside the responses.
@@ -87,7 +102,7 @@ def forward_only(
     def collect(output: Tensor, micro: MicroBatch) -> Tensor:
         return output.detach()
 
-    return _run(chunks, micro_batches, collect, groups, num_global_sequences=None, forward_only=True)
+    return _run(chunks, micro_batches, collect, groups, num_global_sequences=None, forward_only=True, routes=routes)
 
 
 def _run(
@@ -98,9 +113,12 @@ def _run(
     *,
     num_global_sequences: int | None,
     forward_only: bool,
+    routes: Sequence[RoutePass | None] | None,
 ) -> list[Any]:
-    def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
-        micro = next(batches)
+    def forward_step(
+        batches: Iterator[tuple[MicroBatch, RoutePass | None]], model: Any
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        micro, told = next(batches)
         output = model(
             input_ids=micro.token_ids[None],
             position_ids=micro.positions[None],
@@ -112,7 +130,7 @@ def _run(
                 micro.max_seqlen,
                 context_rank=groups.coordinates.context,
                 context_size=groups.layout.context,
-                router_inputs=RouterInputs(micro, num_global_sequences),
+                router_inputs=RouterInputs(micro, num_global_sequences, told),
             ),
         )
 
@@ -122,7 +140,8 @@ def _run(
         return output, after
 
     # Each model chunk of the interleaved schedule reads every micro-batch, from an iterator of its own.
-    iterators = [iter(micro_batches) for _ in chunks]
+    routes = routes or [None] * len(micro_batches)
+    iterators = [iter(zip(micro_batches, routes, strict=True)) for _ in chunks]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],

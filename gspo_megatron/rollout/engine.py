@@ -22,6 +22,7 @@ class SamplingParams:
     max_response_tokens: int
     stop_token_ids: tuple[int, ...]
     seed: int  # of this call; the same call with the same weights gives the same responses
+    routes: bool = False  # return Rollout.routes
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,9 @@ def step(sabotage: str = "", **kwargs: Any) -> dict[str, Any]:
     with MonkeyPatch.context() as patch:
         patch.setattr(Router, "_loss", counted)
         if sabotage == "n":
-            patch.setattr(step_module, "RouterInputs", lambda micro, n: RouterInputs(micro, _num_sequences(micro)))
+            patch.setattr(
+                step_module, "RouterInputs", lambda micro, n, told: RouterInputs(micro, _num_sequences(micro), told)
+            )
         if sabotage == "reduction":
             patch.setattr(Router, "_over_sequences", lambda router, sums: sums)
         if sabotage == "padding":

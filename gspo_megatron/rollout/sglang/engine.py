@@ -112,9 +112,7 @@ class SGLangEngine:
             CauseError: servers gave no usable answers, though they are well; with what was wrong.
         """
         assert self._version >= 0, "generate before the first complete update"
-        generated = self.pool.generate(
-            prompts, params, version=self._version, routed_experts=self.config.routed_experts
-        )
+        generated = self.pool.generate(prompts, params, version=self._version, routed_experts=params.routes)
         self.reasons = [str(error) for error in generated.errors]
         missing = generated.groups.count(None)
         if missing and generated.errors and all(isinstance(e, ServerRefused) for e in generated.errors):
