@@ -180,6 +180,15 @@ class AlgorithmConfig:
     """truncate: largest weight; mask: largest ratio kept."""
     allow_unusual_clip: bool = False
     """Accept a GSPO clip of 0.05 or more, GRPO's scale, at which GSPO hardly ever clips."""
+    old_logprobs: Literal["recompute", "rollout", "auto"] = "recompute"
+    """Where the old policy's log-probabilities come from: the trainer, in a pass of its own; the rollout engine, which
+    ends the run where the two differ by more than the clip bears; or "auto", the engine as long as they do not. A
+    resumed run measures anew, and so does not repeat bit by bit what was not interrupted."""
+    old_logprobs_max_kl: float = 0.0
+    """rollout, auto: largest KL of engine and trainer, nats a token. 0: at which it alone clips 5 % of the responses
+    with a negative advantage; about 5e-5 for responses of 4096 tokens and clip_low 3e-4, less for shorter ones."""
+    old_logprobs_every: int = 10
+    """rollout, auto: recompute and measure in the first and in every this many rollout batches."""
     shuffle_advantages: bool = False
     """Control experiment: permute the advantages within each group, which must remove the gain."""
 
@@ -196,7 +205,16 @@ class AlgorithmConfig:
             self.mini_batches is None or self.mini_batches >= 1,
             f"algorithm.mini_batches={self.mini_batches} must be at least 1",
         )
-        _require_positive("algorithm", self, "dynamic_sampling_max_rounds")
+        _require_positive("algorithm", self, "dynamic_sampling_max_rounds", "old_logprobs_every")
+        _require(
+            self.old_logprobs_max_kl >= 0,
+            f"algorithm.old_logprobs_max_kl={self.old_logprobs_max_kl} must be at least 0, e.g. 5e-5; 0: by the clip",
+        )
+        _require(
+            self.old_logprobs == "recompute" or self.mismatch == "off",
+            f"algorithm.mismatch=\"{self.mismatch}\" weights tokens by the trainer's old log-probs over the engine's; "
+            f'with algorithm.old_logprobs="{self.old_logprobs}" they are the same. Use old_logprobs="recompute"',
+        )
         _require(
             0 <= self.mismatch_low < self.mismatch_high,
             f"algorithm.mismatch_low={self.mismatch_low} must be below mismatch_high={self.mismatch_high}",

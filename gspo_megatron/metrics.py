@@ -77,6 +77,7 @@ METRICS: dict[str, str] = {
     "kl_staleness_k1": "k1 estimate of kl_staleness (nats)",
     "kl_total": "k3 estimate of KL(engine, new) per response token: mismatch and staleness together (nats)",
     "kl_total_k1": "k1 estimate of kl_total: the sum of the other two k1 (nats)",
+    "time_logprobs_saved_s": "time of the old log-prob pass, as last taken, that the engine's log-probs saved (s)",
     "expert_gradient_spread": "largest over MoE layers of expert_gradient_spread_layers (ratio)",
     "expert_gradient_spread_layers": "largest over median gradient norm of a layer's experts (list by MoE layer)",
 }

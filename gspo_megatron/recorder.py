@@ -28,7 +28,7 @@ class BatchOutcome:
     mini_batches: list[StepBatch]
     results: list[StepResult]
     sync: SyncReport  # of the weights after it
-    times: dict[str, float]  # seconds, by metric name
+    times: dict[str, float | None]  # seconds, by metric name
 
 
 class Recorder:
@@ -85,7 +85,10 @@ class Recorder:
         row: dict[str, Any] = {"policy_version": outcome.policy_version, **step_metrics.summarize(records)}
         tokens = row.pop("response_tokens")
         row |= outcome.times
-        row["rollout_tokens_per_s"] = tokens / outcome.times["time_rollout_s"]
+        rollout_s = outcome.times["time_rollout_s"]
+        row["rollout_tokens_per_s"] = tokens / rollout_s if rollout_s else None
+        if outcome.times.get("time_logprobs_saved_s") is not None:
+            row = step_metrics.without_recompute(row)
         row |= step_metrics.of_steps(outcome.results)
         if outcome.sync.is_probed:
             row["sync_probe_max_abs"] = outcome.sync.probe_max_abs

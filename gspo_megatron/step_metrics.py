@@ -196,6 +196,13 @@ def _clip_fractions(values: dict[str, Tensor]) -> dict[str, float | None]:
     )
 
 
+def without_recompute(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a batch whose old log-probs are the engine's: engine and trainer were not compared, and what looks
+    like staleness is the total."""
+    parts = ("kl_rollout_trainer", "kl_rollout_trainer_k1", "kl_staleness", "kl_staleness_k1", "sync_probe_max_abs")
+    return {key: value for key, value in row.items() if key not in parts}
+
+
 def of_steps(results: Sequence[StepResult]) -> dict[str, Any]:
     """What every rank knows of the batch's optimizer steps."""
     norms = [r.grad_norm for r in results]

@@ -17,6 +17,7 @@ from gspo_megatron.evaluate import evaluate
 from gspo_megatron.experience import collect
 from gspo_megatron.failures import EXIT_DONE, EXIT_STOPPED
 from gspo_megatron.job import Job, open_job
+from gspo_megatron.old_logprobs import OldLogprobs
 from gspo_megatron.policy.policy import MegatronPolicy, StepResult
 from gspo_megatron.policy.step import LossFunction
 from gspo_megatron.profiling import profiled
@@ -45,9 +46,10 @@ class Trainer:
             memory=config.memory,
             kernels=config.kernels,
         )
+        self.old_logprobs = OldLogprobs(config.algorithm, self.algorithm, self.policy, job.groups)
         self.version = -1  # of the weights that the engines hold
         self.next_prompt = 0
-        self.times: dict[str, float] = {}
+        self.times: dict[str, float | None] = {}
 
     def run(self, signals: StopSignals | None = None) -> int:
         """All rollout batches that are not done yet, evaluated before, between and after; then the weights are saved.
@@ -82,16 +84,14 @@ class Trainer:
                     self.job, self.algorithm, batch=batch, first_prompt=self.next_prompt, restore=self.resync
                 )
                 self.job.rest()
-            mini_batches, results = self.learn(experience.sequences, measure=self.config.telemetry.is_due(batch))
+            mini_batches, results = self.learn(experience.sequences, batch)
             with self.timed("time_reshard_s"):
                 sync = self.sync()
         self.next_prompt = experience.next_prompt
         return BatchOutcome(generated_by, experience, mini_batches, results, sync, dict(self.times))
 
-    def learn(self, sequences: list[Sequence], *, measure: bool = False) -> tuple[list[StepBatch], list[StepResult]]:
-        """Pack the replica's sequences once, recompute their log-probabilities, one optimizer step a mini-batch.
-
-        `measure`: also what is measured in some batches only."""
+    def learn(self, sequences: list[Sequence], batch: int) -> tuple[list[StepBatch], list[StepResult]]:
+        """Pack the replica's sequences once, recompute their log-probabilities, one optimizer step a mini-batch."""
         mini_batches = distribute(
             sequences,
             self.job.groups,
@@ -102,10 +102,11 @@ class Trainer:
             routes=self.policy.route_shape if self.config.returns_routes else None,
         )
         with self.timed("time_logprobs_s"):
-            self.policy.fill_old_logprobs(mini_batches)
+            self.times["time_logprobs_saved_s"] = self.old_logprobs.fill(mini_batches, batch)
             if self.algorithm.needs_reference:
                 self.policy.fill_reference_logprobs(mini_batches)
         with self.timed("time_train_s"):
+            measure = self.config.telemetry.is_due(batch)
             results = [self.policy.train_step(b, self.loss(b), measure_experts=measure) for b in mini_batches]
         return mini_batches, results
 

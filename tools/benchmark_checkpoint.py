@@ -94,7 +94,7 @@ def train(trainer: Trainer, number: int) -> float:
         advantage = torch.randn((), generator=generator)
         sequences.append(Sequence(index, tokens, torch.arange(16) >= 8, torch.zeros(16), advantage))
     start = time.process_time()
-    trainer.learn(sequences)
+    trainer.learn(sequences, 2)
     return time.process_time() - start
 
 

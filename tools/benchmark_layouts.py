@@ -156,7 +156,7 @@ def measure(layout: ParallelLayout, config: c.TrainConfig, steps: int) -> RankRe
     trainer = Trainer(config, job)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: loading is no part of a step
     mine = rollout_batch()[groups.coordinates.data :: layout.data] if groups.is_head else []
-    [batch], _ = trainer.learn(mine)
+    [batch], _ = trainer.learn(mine, 2)
 
     def step() -> float:
         dist.barrier()

@@ -98,7 +98,7 @@ def make_trainer(vocabulary: int, kernels: KernelsConfig, groups: ProcessGroups,
 
 def learn(trainer: Trainer, sequences: list[Sequence]) -> float:
     """Old log-probabilities and optimizer steps of one rollout batch; the loss of its last step."""
-    _, results = trainer.learn(sequences)
+    _, results = trainer.learn(sequences, 2)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return float(sum(micro.sums[0] for micro in results[-1].reports))

@@ -287,7 +287,7 @@ def measure(config: c.TrainConfig, size: Size, steps: int) -> RankResult:
     setup_s = time.perf_counter() - start
 
     sequences = rollout_batch(size)
-    [batch], _ = trainer.learn(sequences)  # the first step
+    [batch], _ = trainer.learn(sequences, 2)  # the first step
 
     results: list[StepResult] = []
     logprobs_s: list[float] = []

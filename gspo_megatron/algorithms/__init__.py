@@ -117,6 +117,8 @@ def _unread_settings(config: AlgorithmConfig, algorithm: Algorithm) -> list[str]
         "mismatch_low": (config.mismatch == "mask", 'algorithm.mismatch="mask"'),
         "mismatch_high": (config.mismatch != "off", 'algorithm.mismatch="truncate" or "mask"'),
         "dynamic_sampling_max_rounds": (algorithm.dynamic_sampling, "algorithm.dynamic_sampling=true"),
+        "old_logprobs_max_kl": (config.old_logprobs != "recompute", 'algorithm.old_logprobs="rollout" or "auto"'),
+        "old_logprobs_every": (config.old_logprobs != "recompute", 'algorithm.old_logprobs="rollout" or "auto"'),
         "allow_unusual_clip": (bool(_unusual_clips(algorithm)), "a clip that is refused otherwise"),
     }
     default = AlgorithmConfig()

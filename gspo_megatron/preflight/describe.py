@@ -44,6 +44,8 @@ def describe_algorithm(algorithm: AlgorithmConfig) -> list[tuple[str, str]]:
         parts.append(f"dynamic sampling, at most {algorithm.dynamic_sampling_max_rounds} rounds")
     if algorithm.mismatch != "off":
         parts.append(f"mismatch weight: {algorithm.mismatch}")
+    if algorithm.old_logprobs != "recompute":
+        parts.append(f"old log-probs: {algorithm.old_logprobs}, measured every {algorithm.old_logprobs_every} batches")
     if algorithm.shuffle_advantages:
         parts.append("CONTROL: advantages shuffled within groups")
     return [("algorithm", "; ".join(parts))]

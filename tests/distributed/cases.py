@@ -327,7 +327,7 @@ def optimizer_step(
     for name, module in (item for chunk in policy.chunks for item in chunk.module.named_modules()):
         if name.endswith("mlp.router"):
             module.register_forward_hook(lambda m, args, out: margins.append(_router_margin(m, args[0])))
-    [step_batch], [result] = trainer.learn(scatter(groups, sequences))
+    [step_batch], [result] = trainer.learn(scatter(groups, sequences), 2)
     weights = whole_weights(policy)
     stats = {}
     total_loss, kl = 0.0, 0.0
@@ -557,7 +557,7 @@ def recorded_row(layout: dict[str, int], folder: str, tokenizer: str, run_folder
         score=ScoreReport(num_scored=len(mine)),
         next_prompt=0,
     )
-    batches, results = trainer.learn(mine)
+    batches, results = trainer.learn(mine, 2)
     outcome = BatchOutcome(0, experience, batches, results, SyncReport(0), {"time_rollout_s": 1.0, **trainer.times})
     with Recorder(job, "test", 1).open() as recorder:
         recorder.batch(1, outcome, None)

@@ -3,6 +3,7 @@ made of, token by token."""
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,14 +19,15 @@ from gspo_megatron.config import (
     TrainConfig,
 )
 from gspo_megatron.device import current_device
+from gspo_megatron.errors import UserError
 from gspo_megatron.experience import Experience
-from gspo_megatron.job import Job
+from gspo_megatron.job import Job, build_job
 from gspo_megatron.recorder import BatchOutcome, Recorder
 from gspo_megatron.tokenizer import Tokenizer
 from gspo_megatron.trainer import Trainer
 from gspo_megatron.types import Group, Prompt, Rollout, ScoreReport, Sequence
 from gspo_megatron.weight_sync import SyncReport
-from tests.distributed.cases import join, scatter, whole_gradients
+from tests.distributed.cases import join, scatter, train_config, whole_gradients
 from tests.distributed.tiny_models import make_sequences
 
 MINI_BATCHES = 3
@@ -62,7 +64,7 @@ def measured_row(
     gradients: list[dict[str, torch.Tensor]] = []
     _capture(trainer, tokens, gradients)
     mine = scatter(groups, batch(vocab))
-    batches, results = trainer.learn(mine, measure=True)
+    batches, results = trainer.learn(mine, 1)
     outcome = BatchOutcome(
         0, _experience(mine), batches, results, SyncReport(0), {"time_rollout_s": 1.0, **trainer.times}
     )
@@ -128,3 +130,54 @@ def _capture(trainer: Trainer, tokens: list[dict[str, Any]], gradients: list[dic
 
     trainer.loss = loss  # type: ignore[method-assign]
     trainer.policy.optimizer.step = capture_then_step
+
+
+def bypass(layout: dict[str, int], config: dict[str, Any], temperatures: list[float]) -> dict[str, Any]:
+    """Rollout batches of a real run, the trainer's temperature in each multiplied by a factor: where the old log-probs
+    came from, and what was said."""
+    groups = join(layout)
+    settings = train_config(config)
+    logged = _Messages()
+    logging.getLogger("gspo_megatron.old_logprobs").addHandler(logged)
+    batches: list[dict[str, Any]] = []
+    try:
+        with build_job(settings, groups) as job:
+            trainer = Trainer(settings, job)
+            trainer.sync()
+            for number, factor in enumerate(temperatures, start=1):
+                for chunk in trainer.policy.chunks:
+                    chunk.module.temperature = settings.rollout.temperature * factor
+                outcome = trainer.step(number)
+                micros = [m for b in outcome.mini_batches for m in b.micro_batches if m.old_logprobs is not None]
+                batches.append(
+                    {
+                        "saved_s": outcome.times["time_logprobs_saved_s"],
+                        "is_engine": [torch.equal(m.old_logprobs, m.rollout_logprobs) for m in micros],  # type: ignore[arg-type]
+                        "is_shared": [m.old_logprobs is m.rollout_logprobs for m in micros],
+                        "row": _row(trainer, outcome),
+                    }
+                )
+    except UserError as error:
+        return {"batches": batches, "error": str(error), "logged": logged.texts}
+    finally:
+        logging.getLogger("gspo_megatron.old_logprobs").removeHandler(logged)
+    return {"batches": batches, "error": None, "logged": logged.texts}
+
+
+class _Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def _row(trainer: Trainer, outcome: BatchOutcome) -> dict[str, Any] | None:
+    """The batch's row as the recorder would write it, at rank 0."""
+    rows: list[dict[str, Any]] = []
+    recorder = Recorder(trainer.job, "test", 1)
+    recorder.writer = SimpleNamespace(write=rows.append, write_samples=lambda *_: None)  # type: ignore[assignment]
+    recorder.display = SimpleNamespace(update=lambda row: None, note=lambda text: None)  # type: ignore[assignment]
+    recorder.batch(1, outcome, None)
+    return rows[0] if rows and trainer.job.groups.rank == 0 else None

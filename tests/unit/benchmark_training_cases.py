@@ -42,7 +42,7 @@ def counted_products(recompute: str) -> dict[str, float]:
         job = Job(config, groups, Tokenizer.load(str(folder)), None, None, None, current_device())  # type: ignore[arg-type]
         trainer = Trainer(config, job)
     sequences = tool.rollout_batch(size)
-    [batch], _ = trainer.learn(sequences)
+    [batch], _ = trainer.learn(sequences, 2)
     lengths = [s.token_ids.numel() for s in sequences]
     responses = sum(int(s.response_mask[1:].sum()) for s in sequences)
     flops = tool.StepFlops.of(trainer.policy.fields, lengths, response_tokens=responses, recompute=recompute)

@@ -1,0 +1,100 @@
+"""Where the old policy's log-probabilities come from: the trainer's recompute, or the engine, behind a gate."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from gspo_megatron.algorithms import Algorithm
+from gspo_megatron.config import AlgorithmConfig
+from gspo_megatron.errors import UserError
+from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.policy.policy import MegatronPolicy
+from gspo_megatron.stability.divergence import divergence_sums
+from gspo_megatron.stability.gate import BEARABLE_SHARE, clipped_by_mismatch, largest_kl
+from gspo_megatron.types import StepBatch
+
+logger = logging.getLogger(__name__)
+
+
+class OldLogprobs:
+    """Fills in old_logprobs by `algorithm.old_logprobs`. Every method is collective over all ranks.
+
+    The first rollout batch of each start and every n-th one are recomputed and measured: KL(engine ‖ trainer) per
+    token, as k3, against what the clip bears (stability/gate.py).
+    """
+
+    def __init__(
+        self, config: AlgorithmConfig, algorithm: Algorithm, policy: MegatronPolicy, groups: ProcessGroups
+    ) -> None:
+        self.config, self.algorithm, self.policy, self.groups = config, algorithm, policy, groups
+        self._is_open: bool | None = None  # None: not measured yet
+        self._recompute_s = 0.0  # the last time
+
+    def fill(self, batches: Sequence[StepBatch], batch: int) -> float | None:
+        """Set old_logprobs of every micro-batch, on the last pipeline stage, for rollout batch `batch`, from 1.
+
+        Returns:
+            The seconds that the engine's log-probabilities saved; None where the trainer's were computed.
+
+        Raises:
+            UserError: under "rollout", the engine's are too far from the trainer's.
+        """
+        if self.config.old_logprobs == "recompute":
+            self.policy.fill_old_logprobs(batches)
+            return None
+        start = time.perf_counter()
+        if self._is_open and (batch - 1) % self.config.old_logprobs_every != 0:
+            for micro in (m for b in batches for m in b.micro_batches if self.groups.is_last_stage):
+                micro.old_logprobs = micro.rollout_logprobs.clone()
+            return self._recompute_s - (time.perf_counter() - start)
+        self.policy.fill_old_logprobs(batches)
+        kl, tokens = self._measure(batches)
+        self._recompute_s = time.perf_counter() - start
+        limit = self.config.old_logprobs_max_kl or largest_kl(self.algorithm.clip_low, tokens)
+        self._settle(kl <= limit, batch, kl, limit, tokens)  # NaN is not
+        return None
+
+    def _measure(self, batches: Sequence[StepBatch]) -> tuple[float, float]:
+        """(KL per token, tokens of a ratio: the mean response's, or 1 of a token ratio) over all ranks' sequences."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.policy.device)  # k3, tokens, sequences
+        for micro in (m for b in batches for m in b.micro_batches if m.old_logprobs is not None):
+            if self.groups.coordinates.tensor == 0:
+                old, mask = micro.old_logprobs, micro.response_mask
+                assert old is not None
+                sums[0] += divergence_sums(old, old, micro.rollout_logprobs, mask)[0, 1]
+                sums[1] += mask.sum()
+                sums[2] += (micro.sequence_ids >= 0).sum() / self.groups.layout.context  # each rank has its share
+        dist.all_reduce(sums, group=self.groups.world)
+        k3, tokens, sequences = sums.tolist()
+        if tokens == 0:
+            return 0.0, 1.0
+        return k3 / tokens, tokens / sequences if self.algorithm.level == "sequence" else 1.0
+
+    def _settle(self, passes: bool, batch: int, kl: float, limit: float, tokens: float) -> None:
+        """Open or close the gate, and say so when it closes."""
+        was_open, self._is_open = self._is_open is not False, passes
+        if passes or not was_open:
+            return
+        low, high = self.algorithm.clip_low, self.algorithm.clip_high
+        message = (
+            f'algorithm.old_logprobs="{self.config.old_logprobs}": in rollout batch {batch} the engine\'s log-probs '
+            f"are {kl:.2g} nats a token (KL) from the trainer's, more than the {limit:.2g} that "
+        )
+        if self.config.old_logprobs_max_kl:
+            message += "algorithm.old_logprobs_max_kl allows"
+        else:
+            positive, negative = clipped_by_mismatch(kl, clip_low=low, clip_high=high, tokens=tokens)
+            message += (
+                f"clip_low={low:g} bears over {tokens:.0f} tokens. As old log-probs they alone would clip about "
+                f"{negative:.0%} of the responses with a negative advantage and {positive:.0%} of the positive "
+                f"({BEARABLE_SHARE:.0%} are borne)"
+            )
+        if self.config.old_logprobs == "rollout":
+            raise UserError(message + '. Use algorithm.old_logprobs="auto" or "recompute", or a wider clip')
+        if self.groups.rank == 0:
+            logger.warning("%s; old log-probs are recomputed from here on, as long as that is so", message)
