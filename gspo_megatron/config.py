@@ -578,6 +578,11 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        _require(
+            self.algorithm.old_logprobs == "recompute" or self.model.routing_replay != "r2",
+            f'algorithm.old_logprobs="{self.algorithm.old_logprobs}" leaves out the pass whose experts '
+            'model.routing_replay="r2" takes; use old_logprobs="recompute", or routing_replay="r3"',
+        )
         if self.returns_routes and self.rollout.engine == "sglang":
             # Here, so that `serve` starts them with it too.
             object.__setattr__(self, "sglang", replace(self.sglang, routed_experts=True))
