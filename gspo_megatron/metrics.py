@@ -61,6 +61,7 @@ METRICS: dict[str, str] = {
     "old_logprob_gap_first_mini_batch": "largest |log s| in mini-batch 1, where no weight has changed yet (nats)",
     "router_aux_loss": "experts' load-balancing loss, mean over sequences and MoE layers; 1 is balanced (no unit)",
     "router_z_loss": "mean squared log-sum-exp of the router's logits, over sequences and MoE layers (nats²)",
+    "routing_replayed_fraction": "share of trained (token, MoE layer) pairs whose experts were replayed (0-1)",
     "grad_norm_max": "largest global gradient norm before clipping of the batch's optimizer steps",
     "clip_fraction_token_mini_batches": "clip_fraction_token of each mini-batch (list, 0-1)",
     "clip_fraction_sequence_mini_batches": "clip_fraction_sequence of each mini-batch (list, 0-1)",

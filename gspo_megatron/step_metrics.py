@@ -116,6 +116,12 @@ def observed_loss(
     return loss
 
 
+def routing_replayed(steps: Sequence[float | None]) -> dict[str, float | None]:
+    """The metric of routing replay, mean over optimizer steps; None where it is off."""
+    measured = [x for x in steps if x is not None]
+    return {"routing_replayed_fraction": sum(measured) / len(measured) if measured else None}
+
+
 def router_losses(steps: Sequence[RouterLosses]) -> dict[str, float | None]:
     """The metrics of the routers' losses, mean over optimizer steps."""
     row = {}
@@ -214,6 +220,7 @@ def of_steps(results: Sequence[StepResult]) -> dict[str, Any]:
         "expert_gradient_spread": largest(experts),
         "expert_gradient_spread_layers": experts,
         **router_losses([r.router_losses for r in results]),
+        **routing_replayed([r.routing_replayed for r in results]),
     }
 
 

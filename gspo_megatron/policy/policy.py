@@ -105,8 +105,6 @@ class MegatronPolicy:
         `record_routes` sets `recorded` too, on every stage; routing replay "r2" does so by itself. Without `replay` the
         routers choose: for what is no rollout batch to train on.
         """
-        if replay:
-            self.routing.start_batch()
         for batch in batches:
             passes = self.routing.logprob_passes(batch.micro_batches, record=record_routes, replay=replay)
             for micro, logprobs in zip(batch.micro_batches, self._logprobs(batch.micro_batches, passes), strict=False):

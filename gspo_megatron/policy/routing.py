@@ -20,6 +20,10 @@ from gspo_megatron.errors import CauseError
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.types import MicroBatch, RecordedRoutes, RouteShape
 
+CHECKED_STEPS = 8
+"""Optimizer steps at the start of a run whose passes are checked. With several mini-batches, also such after which the
+routers would choose otherwise."""
+
 Mode = Literal["off", "r2", "r3"]
 TopK = Callable[..., tuple[Tensor, Tensor]]
 
@@ -36,7 +40,7 @@ class Replay:
 class Recording:
     """What the routers of this rank choose in a micro-batch; by the router's place."""
 
-    experts: dict[int, Tensor] = field(default_factory=dict)  # [T/tp, k]
+    experts: dict[int, Tensor] = field(default_factory=dict)  # [T/tp, k] int16
     entropy: dict[int, Tensor] = field(default_factory=dict)  # [T/tp] of each token
 
 
@@ -83,7 +87,7 @@ class RouterCall:
         recording, check, replay = self.told.recording, self.told.check, self.told.replay
         if recording is not None:
             assert self.chosen is not None and shares is not None, "Megatron did not ask for the router's experts"
-            recording.experts[self.place] = self.chosen
+            recording.experts[self.place] = self.chosen.to(torch.int16)
             recording.entropy[self.place] = -torch.xlogy(shares, shares).sum(-1)
         if check is not None:
             assert replay is not None
@@ -127,11 +131,7 @@ class RoutingReplay:
 
     def __init__(self, mode: Mode, groups: ProcessGroups, shape: RouteShape, num_experts: int) -> None:
         self.mode, self.groups, self.shape, self.num_experts = mode, groups, shape, num_experts
-        self._batches = 0  # that have begun
-
-    def start_batch(self) -> None:
-        """A rollout batch begins. The training passes of the first one are checked."""
-        self._batches += 1
+        self._steps = 0  # optimizer steps that have begun
 
     def logprob_passes(
         self, micro_batches: Sequence[MicroBatch], *, record: bool, replay: bool
@@ -148,10 +148,11 @@ class RoutingReplay:
         """What the routers are told in a training pass."""
         if self.mode == "off":
             return [None] * len(micro_batches)
+        self._steps += 1
         passes: list[RoutePass | None] = []
         for micro in micro_batches:
             replay = self._of_engine(micro) if self.mode == "r3" else self._of_old_policy(micro)
-            check = ReplayCheck(torch.zeros_like(micro.lengths[0])) if self._batches <= 1 else None
+            check = ReplayCheck(torch.zeros_like(micro.lengths[0])) if self._steps <= CHECKED_STEPS else None
             passes.append(RoutePass(replay, None, check))
         return passes
 
@@ -168,7 +169,7 @@ class RoutingReplay:
             chosen = told.recording.experts[place]
             experts[:, place] = chosen
             entropy[place] = torch.where(is_real, told.recording.entropy[place], 0).double().sum()
-            load[place].scatter_add_(0, chosen.flatten(), is_real[:, None].expand_as(chosen).flatten().long())
+            load[place].scatter_add_(0, chosen.flatten().long(), is_real[:, None].expand_as(chosen).flatten().long())
         first_token = self.groups.coordinates.tensor * rows
         return RecordedRoutes(self.shape.layers, first_token, is_real, experts, entropy, load)
 

@@ -90,6 +90,19 @@ def check_kernels(
             f"model.{name}={getattr(model, name):g}, but the model has no router (it is dense); use 0",
         )
     problems.require(
+        model.routing_replay == "off" or bool(fields.moe_layers),
+        f'model.routing_replay="{model.routing_replay}", but the model has no router (it is dense); use "off"',
+    )
+    problems.require(
+        model.routing_replay == "off" or isinstance(config, TrainConfig),
+        f'model.routing_replay="{model.routing_replay}", but a cold start has neither an old policy nor rollouts; '
+        'use "off"',
+    )
+    problems.require(
+        bool(fields.moe_layers) or not (isinstance(config, TrainConfig) and config.rollout.routed_experts),
+        "rollout.routed_experts=true, but the model has no experts (it is dense); use false",
+    )
+    problems.require(
         not fields.stacked_experts or model.experts == "grouped",
         f'model.experts="{model.experts}", but this family keeps a layer\'s experts together; use "grouped"',
     )

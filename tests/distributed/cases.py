@@ -178,8 +178,8 @@ def shift_logprobs(trainer: Any, sequences: list[Sequence]) -> list[float]:
     clip_gaps: list[float] = []
     branches = EDGE_BRANCHES if len(sequences) == len(EDGE_BRANCHES) else BRANCHES
 
-    def old(batches: Any) -> None:
-        fill_old(batches)
+    def old(batches: Any, **options: Any) -> None:
+        fill_old(batches, **options)
         for micro, index, at, positions in _real_tokens(batches, sequences):
             mask = sequences[index].response_mask
             mask = torch.cat([mask[1:], mask.new_zeros(1)])  # as the micro-batch has it: of the next token
@@ -436,8 +436,8 @@ def first_batch(layout: dict[str, int], config: dict[str, Any], sabotage: str = 
         trainer = Trainer(settings, job)
         recompute = trainer.policy.fill_old_logprobs
 
-        def fill(batches: Any) -> None:
-            recompute(batches)
+        def fill(batches: Any, **options: Any) -> None:
+            recompute(batches, **options)
             if sabotage == "temperature":
                 for chunk in trainer.policy.chunks:
                     chunk.module.temperature *= 1.01
@@ -471,6 +471,7 @@ def first_batch(layout: dict[str, int], config: dict[str, Any], sabotage: str = 
             "engine_version": None if job.engine is None else job.engine.version,
             "weights": {name: s.tensor.cpu().clone() for name, s in trainer.policy.weights.slots.items()},
             "grad_norms": [result.grad_norm for result in outcome.results],
+            "routing_replayed": [result.routing_replayed for result in outcome.results],
         }
 
 

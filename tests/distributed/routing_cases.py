@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from gspo_megatron.config import MemoryConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.data.exchange import distribute
 from gspo_megatron.errors import CauseError
+from gspo_megatron.policy import routing as routing_module
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.policy.router import Router, RouterInputs
 from gspo_megatron.policy.routing import RouterCall
@@ -139,6 +140,7 @@ def replay(
     recompute: str = "none",
     mini_batches: int = 2,
     sabotage: str = "",
+    checked_steps: int = 8,
 ) -> dict[str, Any]:
     """A rollout batch whose routers change between what is recorded and what is trained.
 
@@ -180,6 +182,7 @@ def replay(
     logprobs: dict[int, tuple[Tensor, Tensor]] = {}
     error, results = "", []
     with taken_experts(policy) as taken, MonkeyPatch.context() as patch:
+        patch.setattr(routing_module, "CHECKED_STEPS", checked_steps)
         if sabotage == "ignored":
             patch.setattr(RouterCall, "get_replay_topk", lambda call, *args: args[-1](*args[:-1]))
         try:
@@ -228,3 +231,38 @@ def _weighted_loss(lengths: list[int], logprobs: dict[int, tuple[Tensor, Tensor]
         return total, None
 
     return loss
+
+
+def engine_gap(
+    layout: dict[str, int], folder: str, sequences: list[Sequence], token_budget: int, mode: str
+) -> dict[str, float]:
+    """Mean k3 estimate of KL(engine, trainer) over the response tokens of sequences that an engine has sampled, and the
+    share of (token, layer) pairs of theirs in which the trainer's routers choose other experts than the engine took."""
+    groups = cases.join(layout)
+    policy = MegatronPolicy(
+        ModelConfig(path=folder, routing_replay=mode),  # type: ignore[arg-type]
+        OptimizerConfig(),
+        groups,
+        seed=0,
+        total_steps=10,
+    )
+    batches = distribute(
+        sequences,
+        groups,
+        mini_batches=1,
+        token_budget=token_budget,
+        pad_token_id=0,
+        device=policy.device,
+        routes=policy.route_shape,
+    )
+    policy.fill_old_logprobs(batches, record_routes=True)
+    total, tokens, differing, pairs = 0.0, 0, 0, 0
+    for micro in batches[0].micro_batches:
+        recorded = micro.recorded
+        assert micro.old_logprobs is not None and recorded is not None
+        assert micro.routes is not None and micro.routes_valid is not None
+        gap = (micro.old_logprobs - micro.rollout_logprobs)[micro.response_mask].double()
+        total, tokens = total + float((gap.expm1() - gap).sum()), tokens + len(gap)
+        ours, theirs = (x[micro.routes_valid].sort(-1).values for x in (recorded.experts, micro.routes))
+        differing, pairs = differing + int((ours != theirs).any(-1).sum()), pairs + ours.shape[0] * ours.shape[1]
+    return {"kl": total / tokens, "tokens": tokens, "differing": differing / pairs}

@@ -140,8 +140,7 @@ def train(of_family: Truth, ranks: Ranks, layout: dict[str, int], mode: str, **m
         lengths=LENGTHS,
         vocab=family_models.VOCAB,
         mode=mode,
-        routes=of_family.engine_routes() if mode == "r3" else None,
-        **{"token_budget": BUDGET} | more,
+        **{"token_budget": BUDGET, "routes": of_family.engine_routes() if mode == "r3" else None} | more,
     )
 
 
@@ -244,3 +243,15 @@ def test_replay_without_effect_ends_the_run(mode: str, truth: Known, ranks: Rank
         f'model.routing_replay="{mode}" has no effect' in result["error"]
         and 'use routing_replay="off"' in result["error"]
     )
+
+
+def test_a_batch_without_any_route_ends_the_run(truth: Known, ranks: Ranks) -> None:
+    model = truth("qwen3_moe")
+    routes = {index: (experts, valid & False) for index, (experts, valid) in model.engine_routes().items()}
+    [result] = train(model, ranks, {}, "r3", routes=routes)
+    assert result["error"] == 'model.routing_replay="r3" has nothing to replay: no token of the rollouts has a route'
+
+
+def test_only_the_first_steps_are_checked(truth: Known, ranks: Ranks) -> None:
+    [result] = train(truth("qwen3_moe"), ranks, {}, "r2", sabotage="ignored", checked_steps=0)
+    assert result["error"] == "" and result["replayed"] == [1, 1]

@@ -70,6 +70,18 @@ def test_first_mini_batch_is_on_policy(layout: dict[str, int], ranks: Callable[[
     assert all(0 < norm < float("inf") for r in results for norm in r["grad_norms"])
 
 
+@pytest.mark.parametrize(("mode", "layout"), [("r2", {"tensor": 2, "expert": 2}), ("r3", {"pipeline": 2})])
+def test_routes_are_replayed_and_the_first_mini_batch_is_on_policy(
+    mode: str, layout: dict[str, int], ranks: Callable[[int], RankPool]
+) -> None:
+    results = run(ranks, layout, {**CONFIG, "model": {**CONFIG["model"], "routing_replay": mode}})
+    assert max(abs(x) for r in results if r["log_ratio"] for x in r["log_ratio"][0]) <= 1e-6
+    assert max(x for r in results for x in r["gap_to_engine"]) <= 1e-4
+    # The engine has no route of a response's last token.
+    for fraction in (f for r in results for f in r["routing_replayed"]):
+        assert fraction == 1 if mode == "r2" else 0.8 < fraction < 1
+
+
 @pytest.mark.parametrize("sabotage", ["temperature", "weights", "packing"])
 def test_a_stale_old_policy_shows_in_the_first_mini_batch(sabotage: str, ranks: Callable[[int], RankPool]) -> None:
     results = run(ranks, {"tensor": 2, "expert": 2}, sabotage=sabotage)

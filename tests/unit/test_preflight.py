@@ -257,6 +257,10 @@ def test_dense_layers_are_split_by_tensor_too(config: TrainConfig, model: Path) 
     for name in ("router_aux_loss", "router_z_loss"):
         message = refusal(changed(config, "model", **{name: 0.01}))
         assert message == f"model.{name}=0.01, but the model has no router (it is dense); use 0"
+    message = refusal(changed(config, "model", routing_replay="r2"))
+    assert message == 'model.routing_replay="r2", but the model has no router (it is dense); use "off"'
+    message = refusal(changed(config, "rollout", routed_experts=True))
+    assert message == "rollout.routed_experts=true, but the model has no experts (it is dense); use false"
 
 
 @pytest.mark.parametrize(

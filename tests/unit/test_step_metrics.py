@@ -20,7 +20,15 @@ from gspo_megatron.data.packing import plan_packing
 from gspo_megatron.experience import Experience
 from gspo_megatron.metrics import METRICS
 from gspo_megatron.policy.router import RouterLosses
-from gspo_megatron.step_metrics import MicroStats, RankRecord, observed_loss, record, router_losses, summarize
+from gspo_megatron.step_metrics import (
+    MicroStats,
+    RankRecord,
+    observed_loss,
+    record,
+    router_losses,
+    routing_replayed,
+    summarize,
+)
 from gspo_megatron.types import FinishReason, Group, MicroBatch, Prompt, Rollout, ScoreReport
 from gspo_megatron.types import Sequence as TrainSequence
 
@@ -332,6 +340,12 @@ def test_router_losses_are_means_over_optimizer_steps() -> None:
     assert router_losses(steps) == {"router_aux_loss": 1.5, "router_z_loss": None}
     assert router_losses([RouterLosses(None, 3.0)]) == {"router_aux_loss": None, "router_z_loss": 3.0}
     assert router_losses(steps).keys() <= METRICS.keys()
+
+
+def test_the_share_of_replayed_routes_is_a_mean_over_optimizer_steps() -> None:
+    assert routing_replayed([0.5, 1.0]) == {"routing_replayed_fraction": 0.75}
+    assert routing_replayed([None, None]) == {"routing_replayed_fraction": None}
+    assert routing_replayed([]).keys() <= METRICS.keys()
 
 
 def test_every_key_of_the_row_is_a_known_metric() -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from gspo_megatron.rollout.embedded.kv_cache import make_cache
+from gspo_megatron.rollout.embedded.routes import RouteRecorder
 from gspo_megatron.rollout.engine import SamplingParams
 
 COMPACT_BELOW = 0.875
@@ -43,11 +44,12 @@ def decode(
     noise: Tensor,
     *,
     compact_below: float = COMPACT_BELOW,
+    recorder: RouteRecorder | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample responses to prompts of token ids; samples of a prompt are side by side.
 
     `noise` is [prompts × samples, max_response_tokens] float64, uniform in [0, 1). A response depends on its prompt
-    and its row of the noise, and on the other rows by rounding only.
+    and its row of the noise, and on the other rows by rounding only. A `recorder` that is reading gets the routes.
 
     Returns token ids [prompts × samples, max_response_tokens] int64, -1 behind a response's end, and their float32
     log-probabilities at the temperature, of the same shape, 0 behind the end. Both on the CPU.
@@ -59,6 +61,8 @@ def decode(
     tokens = torch.full(noise.shape, -1, device=model.device)
     logprobs = torch.zeros(noise.shape, device=model.device)
     in_prompt = rows.cache.get_seq_length()
+    if recorder is not None:
+        recorder.after_prompts(len(prompts), len(noise), params.max_response_tokens)
     for step in range(params.max_response_tokens):
         token, logprob = draw(logits, noise[:, step].index_select(0, rows.index), params.temperature)
         tokens[rows.index, step] = token.masked_fill(rows.ended, -1)
@@ -77,6 +81,8 @@ def decode(
             position_ids=rows.position,
             past_key_values=rows.cache,
         ).logits[:, -1]
+        if recorder is not None:
+            recorder.after_token(rows.index, step)
     if not bool(logprobs.isfinite().all()):
         raise FloatingPointError("the policy's logits are not finite: its weights hold NaN or infinity, or overflow")
     return tokens.cpu(), logprobs.cpu()

@@ -6,6 +6,7 @@ For tiny models and machines without SGLang. It holds a full copy of the model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,8 +17,10 @@ from transformers.initialization import no_init_weights
 from gspo_megatron.errors import UserError
 from gspo_megatron.rollout.embedded.decoding import decode
 from gspo_megatron.rollout.embedded.names import in_memory
+from gspo_megatron.rollout.embedded.routes import RouteRecorder
 from gspo_megatron.rollout.engine import Export, SamplingParams
 from gspo_megatron.types import Group, NamedTensor, Prompt, Rollout
+from gspo_megatron.weights.families import load_fields
 
 FLOAT32_BUFFERS = ("e_score_correction_bias",)  # ends of the names of buffers that stay so in a bfloat16 model
 
@@ -35,7 +38,7 @@ class EmbeddedEngine:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         model.tie_weights()  # part of the initialisation that was left out
         self.model = model.to(device).eval()
-        self.device, self.batch_size = device, batch_size
+        self.device, self.batch_size, self._folder = device, batch_size, model_folder
         self._parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         for name, buffer in self.model.named_buffers():
             if name.endswith(FLOAT32_BUFFERS):
@@ -116,9 +119,17 @@ class EmbeddedEngine:
             batch = [prompts[i] for i in chosen]
             shape = (len(batch) * params.num_samples, params.max_response_tokens)
             noise = torch.rand(shape, dtype=torch.float64, device=self.device, generator=generator)
-            tokens, logprobs = decode(self.model, [p.token_ids for p in batch], params, noise)
-            by_index |= dict(zip(chosen, self._to_groups(batch, tokens, logprobs, params), strict=True))
+            recorder = self._recorder() if params.routes else None
+            with nullcontext() if recorder is None else recorder.reading():
+                tokens, logprobs = decode(self.model, [p.token_ids for p in batch], params, noise, recorder=recorder)
+            by_index |= dict(zip(chosen, self._to_groups(batch, tokens, logprobs, params, recorder), strict=True))
         return [by_index[i] for i in range(len(prompts))]
+
+    def _recorder(self) -> RouteRecorder:
+        _, fields = load_fields(self._folder)
+        return RouteRecorder(
+            self.model, num_layers=len(fields.moe_layers), experts_per_token=fields.experts_per_token or 0
+        )
 
     def _check_context(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
         context = self.model.config.max_position_embeddings
@@ -132,7 +143,12 @@ class EmbeddedEngine:
                 )
 
     def _to_groups(
-        self, prompts: Sequence[Prompt], tokens: Tensor, logprobs: Tensor, params: SamplingParams
+        self,
+        prompts: Sequence[Prompt],
+        tokens: Tensor,
+        logprobs: Tensor,
+        params: SamplingParams,
+        recorder: RouteRecorder | None,
     ) -> list[Group]:
         stop = set(params.stop_token_ids)
         groups = []
@@ -143,6 +159,7 @@ class EmbeddedEngine:
                 length = int((tokens[row] >= 0).sum())
                 response = tokens[row, :length]
                 in_prompt = len(prompt.token_ids)
+                routes = recorder.of(row, prompt=i, in_prompt=in_prompt, length=length) if recorder else None
                 rollouts.append(
                     Rollout(
                         prompt_id=prompt.id,
@@ -151,6 +168,8 @@ class EmbeddedEngine:
                         rollout_logprobs=torch.cat([torch.zeros(in_prompt), logprobs[row, :length]]),
                         policy_versions=torch.tensor([-1] * in_prompt + [self._version] * length, dtype=torch.int32),
                         finish_reason="stop" if int(response[-1]) in stop else "length",
+                        routes=routes,
+                        routes_valid=None if routes is None else torch.ones(len(routes), dtype=torch.bool),
                     )
                 )
             groups.append(Group(prompt, rollouts))

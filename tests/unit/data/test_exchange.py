@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from gspo_megatron.data.exchange import _decode, _encode, distribute
 from gspo_megatron.errors import UserError
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.parallel import ParallelLayout
-from gspo_megatron.types import Sequence
+from gspo_megatron.types import RouteShape, Sequence
 
 float32s = st.floats(width=32, allow_nan=False)
 tokens = st.integers(0, 2**53)
@@ -108,6 +109,38 @@ def test_mini_batches_are_equal_runs_of_the_numbered_sequences(groups: ProcessGr
                 assert torch.equal(micro.token_ids[start:stop], given_[i].token_ids)
         assert sorted(found) == [2 * j, 2 * j + 1]
         assert all(m.num_padding_tokens == 0 for m in batch.micro_batches)
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2), (0, 2), ()])
+def test_a_stage_gets_the_routes_of_its_layers(layers: tuple[int, ...], groups: ProcessGroups) -> None:
+    """Exactly, also numbers that are no expert's: who replays them looks at that. Sequences may come without."""
+    given_ = []
+    for s in numbered([4, 9, 2, 7]):
+        rows = s.token_ids.numel() - 1
+        routes = torch.arange(rows * 6).reshape(rows, 3, 2).to(torch.int16) * 37 - 300
+        given_.append(replace(s, routes=routes, routes_valid=torch.arange(rows) % 3 > 0))
+    given_[3] = replace(given_[3], routes=None, routes_valid=None)
+    [batch] = distribute(
+        given_,
+        groups,
+        mini_batches=1,
+        token_budget=12,
+        pad_token_id=0,
+        device=torch.device("cpu"),
+        routes=RouteShape(layers, 3, 2),
+    )
+    for micro in batch.micro_batches:
+        assert micro.routes is not None and micro.routes_valid is not None
+        assert micro.routes.dtype == torch.int16 and micro.routes.shape == (micro.num_tokens, len(layers), 2)
+        bounds = micro.cu_seqlens.tolist()
+        for i, start, stop in zip(micro.sequence_ids.tolist(), bounds, bounds[1:], strict=False):
+            s, last = given_[i], stop - 1
+            assert not micro.routes_valid[last], "the engine never read it"
+            if s.routes is None or s.routes_valid is None:
+                assert not micro.routes_valid[start:stop].any()
+                continue
+            assert torch.equal(micro.routes[start:last], s.routes[:, list(layers)])
+            assert torch.equal(micro.routes_valid[start:last], s.routes_valid)
 
 
 def test_indices_that_are_no_run_from_zero_are_a_bug(groups: ProcessGroups) -> None:
