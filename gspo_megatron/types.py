@@ -128,6 +128,7 @@ class StepBatch:
 
     micro_batches: list[MicroBatch]  # as many on every data-parallel rank
     num_global_sequences: int  # N: over all ranks and micro-batches, fully masked sequences included
+    num_global_tokens: int  # response tokens over all ranks and micro-batches, masked ones left out
 
 
 @dataclass(frozen=True)

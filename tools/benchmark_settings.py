@@ -91,7 +91,8 @@ def make_batch(tokens: int) -> StepBatch:
         sequences.append(Sequence(len(sequences), token_ids, mask, torch.zeros(length), torch.tensor(1.0)))
         left -= length
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return StepBatch([pack(sequences, pad_token_id=0, device=device)], num_global_sequences=len(sequences))
+    micro = pack(sequences, pad_token_id=0, device=device)
+    return StepBatch([micro], num_global_sequences=len(sequences), num_global_tokens=micro.response_tokens.numel())
 
 
 def measure(policies: dict[str, MegatronPolicy], batch: StepBatch, steps: int) -> dict[str, tuple[int, float]]:

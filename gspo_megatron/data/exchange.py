@@ -39,7 +39,7 @@ def distribute(
     sequences in every layout. With `routes`, the same on all ranks but for its layers, micro-batches carry the routes
     that sequences have.
     """
-    lengths = _all_lengths(sequences, groups, device)
+    lengths, num_response_tokens = _all_lengths(sequences, groups, device)
     size, rest = divmod(len(lengths), mini_batches)
     assert rest == 0, f"{len(lengths)} sequences do not split into {mini_batches} mini-batches"
     layout = groups.layout
@@ -83,18 +83,22 @@ def distribute(
             )
             for micro in plan.assignment[groups.coordinates.data]
         ]
-        batches.append(StepBatch(micro_batches, num_global_sequences=size))
+        num_tokens = sum(num_response_tokens[j * size : (j + 1) * size])
+        batches.append(StepBatch(micro_batches, num_global_sequences=size, num_global_tokens=num_tokens))
     return batches
 
 
-def _all_lengths(sequences: SequenceOf[Sequence], groups: ProcessGroups, device: torch.device) -> list[int]:
-    """Length of every sequence of the rollout batch, by index, on every rank."""
-    rows = [[s.index, s.token_ids.numel()] for s in sequences]
-    pairs = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 2)
-    gathered = [_broadcast(pairs, groups, source) for source in range(groups.layout.data)]
-    lengths = {int(i): int(n) for part in gathered for i, n in part.tolist()}
-    assert sorted(lengths) == list(range(len(lengths))), "indices of sequences are not 0 … N-1"
-    return [lengths[i] for i in range(len(lengths))]
+def _all_lengths(
+    sequences: SequenceOf[Sequence], groups: ProcessGroups, device: torch.device
+) -> tuple[list[int], list[int]]:
+    """Length of every sequence of the rollout batch and how many of its tokens train, by index, on every rank."""
+    # Nothing predicts a sequence's first token: it trains nothing, whatever the mask says.
+    rows = [[s.index, s.token_ids.numel(), int(s.response_mask[1:].sum())] for s in sequences]
+    local = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 3)
+    gathered = [_broadcast(local, groups, source) for source in range(groups.layout.data)]
+    counts = {i: (length, tokens) for part in gathered for i, length, tokens in part.tolist()}
+    assert sorted(counts) == list(range(len(counts))), "indices of sequences are not 0 … N-1"
+    return [counts[i][0] for i in range(len(counts))], [counts[i][1] for i in range(len(counts))]
 
 
 def _broadcast(data: Tensor, groups: ProcessGroups, replica: int) -> Tensor:

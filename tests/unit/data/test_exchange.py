@@ -99,6 +99,7 @@ def test_mini_batches_are_equal_runs_of_the_numbered_sequences(groups: ProcessGr
         given_[::-1], groups, mini_batches=4, token_budget=12, pad_token_id=0, device=torch.device("cpu")
     )
     assert [b.num_global_sequences for b in batches] == [2] * 4
+    assert [b.num_global_tokens for b in batches] == [3 + 8, 1 + 6, 6 + 2, 7 + 4]  # all but each first token
     assert [len(b.micro_batches) for b in batches] == [2, 1, 1, 2]
     for j, batch in enumerate(batches):
         found = []
