@@ -150,36 +150,57 @@ class AlgorithmConfig:
     """The objective. An unset (null) field takes the algorithm's own default, the paper's where there is one."""
 
     name: str = "gspo"
-    """A registered algorithm: gspo, gspo_token or grpo."""
+    """A registered algorithm: gspo, gspo_token, grpo, cispo, gmpo, sapo, luspo, vespo or minirl. A field below that it
+    does not have is refused."""
     clip_low: float | None = None
-    """Ratios below 1 - clip_low are clipped for negative advantages. gspo 3e-4, grpo 0.2."""
+    """Ratios below 1 - clip_low are clipped for negative advantages. gspo 3e-4, luspo 2e-3, grpo and minirl 0.2, gmpo
+    0.33 (1 - e^-0.4)."""
     clip_high: float | None = None
-    """Ratios above 1 + clip_high are clipped for positive advantages. gspo 4e-4, grpo 0.27."""
+    """Ratios above 1 + clip_high are clipped for positive advantages. gspo 4e-4, luspo 2.5e-3, grpo and minirl 0.27,
+    gmpo 0.49 (e^0.4 - 1); cispo 4, of the weight and for both signs."""
     dual_clip: float | None = None
-    """For negative advantages the loss is at most dual_clip × |advantage|; above 1. Unset: off."""
+    """gspo, gspo_token, grpo, luspo: for negative advantages the loss is at most dual_clip × |advantage|; above 1.
+    Unset: off."""
+    sapo_tau_positive: float | None = None
+    """sapo: temperature of the gate for positive advantages. 1."""
+    sapo_tau_negative: float | None = None
+    """sapo: temperature of the gate for negative advantages. 1.05."""
+    vespo_c1_positive: float | None = None
+    """vespo: power of the sequence weight W in W^c1·e^(c2(1-W)), for positive advantages. 2."""
+    vespo_c2_positive: float | None = None
+    """vespo: rate of the exponential, for positive advantages. 3."""
+    vespo_c1_negative: float | None = None
+    """vespo: power of W, for negative advantages. 3."""
+    vespo_c2_negative: float | None = None
+    """vespo: rate of the exponential, for negative advantages. 2."""
     kl_coefficient: float | None = None
     """Weight of the k3 KL term to the reference model (the initial weights). 0: no reference model."""
     entropy_coefficient: float | None = None
     """Weight of the entropy bonus."""
     normalize_std: bool | None = None
-    """Divide advantages by the group's standard deviation."""
+    """Divide advantages by the group's standard deviation. true; vespo and minirl false."""
     mini_batches: int | None = None
-    """Optimizer steps per rollout batch. gspo 4."""
+    """Optimizer steps per rollout batch. 4."""
     dynamic_sampling: bool | None = None
     """Keep only groups whose rewards differ, drawing further prompts until the batch is full."""
     dynamic_sampling_max_rounds: int = 4
     """dynamic_sampling: rounds of prompts at most; then groups of equal rewards fill the batch."""
-    aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
-    """How token terms become a loss. GSPO means sequence_mean; token_mean would weight it by length and is refused."""
-    mismatch: Literal["off", "truncate", "mask"] = "off"
-    """Weight tokens by the trainer/engine probability ratio: truncated at mismatch_high, or 0 outside the band
-    [mismatch_low, mismatch_high]."""
-    mismatch_low: float = 0.5
-    """mask: smallest ratio kept."""
-    mismatch_high: float = 2.0
-    """truncate: largest weight; mask: largest ratio kept."""
+    aggregation: Literal["sequence_mean", "token_sum", "token_mean"] | None = None
+    """How token terms become a loss: mean over a response's tokens, then over responses; sum over a response's tokens,
+    then mean over responses; mean over all tokens. It is part of the algorithm: another than its own is refused."""
+    mismatch: Literal["off", "truncate", "mask", "geometric"] | None = None
+    """Weight tokens by the trainer/engine probability ratio: truncated at mismatch_high (TIS), or 0 outside the band
+    [mismatch_low, mismatch_high] (MIS); or drop responses whose geometric mean of it is outside the band (Geo-RS).
+    off; minirl truncate."""
+    mismatch_low: float | None = None
+    """mask: smallest ratio kept, 0.5; geometric: smallest mean kept, 0.999."""
+    mismatch_high: float | None = None
+    """truncate: largest weight, 2, minirl 5; mask: largest ratio kept, 2; geometric: largest mean kept, 1.001."""
+    opsm_delta: float | None = None
+    """Drop responses with a negative advantage whose tokens the engine finds likelier than the present policy does, by
+    more than this many nats a token (OPSM). Usual: 0.5. Unset: off."""
     allow_unusual_clip: bool = False
-    """Accept a GSPO clip of 0.05 or more, GRPO's scale, at which GSPO hardly ever clips."""
+    """Accept a clip of 0.05 or more, GRPO's scale, under gspo, gspo_token or luspo, which then hardly ever clip."""
     old_logprobs: Literal["recompute", "rollout", "auto"] = "recompute"
     """Where the old policy's log-probabilities come from: the trainer, in a pass of its own; the rollout engine, which
     ends the run where the two differ by more than the clip bears; or "auto", the engine as long as they do not. A
@@ -193,7 +214,11 @@ class AlgorithmConfig:
     """Control experiment: permute the advantages within each group, which must remove the gain."""
 
     def __post_init__(self) -> None:
-        for name in ("clip_low", "clip_high"):
+        for name in (
+            "clip_low",
+            "clip_high",
+            *(f.name for f in fields(self) if f.name.startswith(("sapo_", "vespo_"))),
+        ):
             value = getattr(self, name)
             _require(value is None or value > 0, f"algorithm.{name}={value} must be positive")
         _require(self.clip_low is None or self.clip_low < 1, f"algorithm.clip_low={self.clip_low} must be below 1")
@@ -211,13 +236,21 @@ class AlgorithmConfig:
             f"algorithm.old_logprobs_max_kl={self.old_logprobs_max_kl} must be at least 0, e.g. 5e-5; 0: by the clip",
         )
         _require(
-            self.old_logprobs == "recompute" or self.mismatch == "off",
+            self.old_logprobs == "recompute" or self.mismatch in (None, "off"),
             f"algorithm.mismatch=\"{self.mismatch}\" weights tokens by the trainer's old log-probs over the engine's; "
             f'with algorithm.old_logprobs="{self.old_logprobs}" they are the same. Use old_logprobs="recompute"',
         )
         _require(
-            0 <= self.mismatch_low < self.mismatch_high,
-            f"algorithm.mismatch_low={self.mismatch_low} must be below mismatch_high={self.mismatch_high}",
+            self.mismatch_low is None or self.mismatch_low >= 0,
+            f"algorithm.mismatch_low={self.mismatch_low} must be at least 0",
+        )
+        _require(
+            self.mismatch_high is None or self.mismatch_high > 0,
+            f"algorithm.mismatch_high={self.mismatch_high} must be positive",
+        )
+        _require(
+            self.opsm_delta is None or self.opsm_delta > 0,
+            f"algorithm.opsm_delta={self.opsm_delta} must be positive, e.g. 0.5; leave it out to switch it off",
         )
 
 

@@ -55,9 +55,14 @@ class OldLogprobs:
         self.policy.fill_old_logprobs(batches)
         kl, tokens = self._measure(batches)
         self._recompute_s = time.perf_counter() - start
-        limit = self.config.old_logprobs_max_kl or largest_kl(self.algorithm.clip_low, tokens)
+        limit = self.config.old_logprobs_max_kl or largest_kl(self._clip[0], tokens)
         self._settle(kl <= limit, batch, kl, limit, tokens)  # NaN is not
         return None
+
+    @property
+    def _clip(self) -> tuple[float, float]:
+        assert self.algorithm.clip is not None, "without a clip old_logprobs_max_kl is set"
+        return self.algorithm.clip
 
     def _measure(self, batches: Sequence[StepBatch]) -> tuple[float, float]:
         """(KL per token, tokens of a ratio: the mean response's, or 1 of a token ratio) over all ranks' sequences."""
@@ -80,7 +85,6 @@ class OldLogprobs:
         was_open, self._is_open = self._is_open is not False, passes
         if passes or not was_open:
             return
-        low, high = self.algorithm.clip_low, self.algorithm.clip_high
         message = (
             f'algorithm.old_logprobs="{self.config.old_logprobs}": in rollout batch {batch} the engine\'s log-probs '
             f"are {kl:.2g} nats a token (KL) from the trainer's, more than the {limit:.2g} that "
@@ -88,6 +92,7 @@ class OldLogprobs:
         if self.config.old_logprobs_max_kl:
             message += "algorithm.old_logprobs_max_kl allows"
         else:
+            low, high = self._clip
             positive, negative = clipped_by_mismatch(kl, clip_low=low, clip_high=high, tokens=tokens)
             message += (
                 f"clip_low={low:g} bears over {tokens:.0f} tokens. As old log-probs they alone would clip about "

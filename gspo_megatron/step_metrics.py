@@ -103,13 +103,25 @@ def observe(
 
 
 def observed_loss(
-    algorithm: Algorithm, mismatch: Mismatch, *, num_sequences: int, cp_group: dist.ProcessGroup | None = None
+    algorithm: Algorithm,
+    mismatch: Mismatch,
+    *,
+    num_sequences: int,
+    num_tokens: int | None = None,
+    cp_group: dist.ProcessGroup | None = None,
 ) -> LossFunction:
     """The algorithm's whole loss on one micro-batch; its report is a MicroStats."""
 
     def loss(logprobs: Tensor, entropy: Tensor, micro: MicroBatch) -> tuple[Tensor, MicroStats]:
         result = objective(
-            algorithm, logprobs, entropy, micro, num_sequences=num_sequences, mismatch=mismatch, cp_group=cp_group
+            algorithm,
+            logprobs,
+            entropy,
+            micro,
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            mismatch=mismatch,
+            cp_group=cp_group,
         )
         return result.loss, observe(micro, logprobs, entropy, result, cp_group=cp_group)
 

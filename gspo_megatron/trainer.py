@@ -34,7 +34,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, job: Job) -> None:
         self.config, self.job = config, job
         self.algorithm = algorithms.build(config.algorithm, config.kernels.implementation)
-        self.mismatch = algorithms.Mismatch.from_config(config.algorithm)
+        self.mismatch = algorithms.mismatch_of(config.algorithm)
         self.policy = MegatronPolicy(
             config.model,
             config.optimizer,
@@ -116,6 +116,7 @@ class Trainer:
             self.algorithm,
             self.mismatch,
             num_sequences=batch.num_global_sequences,
+            num_tokens=batch.num_global_tokens,
             cp_group=self.job.groups.sequence_group,
         )
 

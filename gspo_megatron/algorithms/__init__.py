@@ -6,124 +6,142 @@ from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Final
 
+from gspo_megatron.algorithms import unusual
 from gspo_megatron.algorithms.base import Algorithm
+from gspo_megatron.algorithms.cispo import CISPO
+from gspo_megatron.algorithms.gmpo import GMPO
 from gspo_megatron.algorithms.grpo import GRPO
 from gspo_megatron.algorithms.gspo import GSPO
 from gspo_megatron.algorithms.gspo_token import GSPOToken
+from gspo_megatron.algorithms.luspo import LUSPO
+from gspo_megatron.algorithms.minirl import MiniRL
 from gspo_megatron.algorithms.mismatch import Mismatch
+from gspo_megatron.algorithms.sapo import SAPO
 from gspo_megatron.algorithms.total_loss import Objective, objective
+from gspo_megatron.algorithms.vespo import VESPO
 from gspo_megatron.config import AlgorithmConfig
 from gspo_megatron.errors import UserError, nearest
 from gspo_megatron.ops import Implementation
 
-__all__ = ["ALGORITHMS", "Algorithm", "Mismatch", "Objective", "build", "objective", "resolve", "warnings"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "Mismatch",
+    "Objective",
+    "build",
+    "mismatch_of",
+    "objective",
+    "resolve",
+    "warnings",
+]
 
-ALGORITHMS: Final = MappingProxyType(
+ALGORITHMS: Final = MappingProxyType[str, type[Algorithm]](
     {
         "gspo": GSPO,
         "gspo_token": GSPOToken,
         "grpo": GRPO,
+        "cispo": CISPO,
+        "gmpo": GMPO,
+        "sapo": SAPO,
+        "luspo": LUSPO,
+        "vespo": VESPO,
+        "minirl": MiniRL,
     }
 )
+
+# Fields of the config that are not an algorithm's own settings: read whatever the algorithm.
+_COMMON: Final = frozenset({"aggregation", "mismatch", "mismatch_low", "mismatch_high", "opsm_delta"})
 
 
 def build(config: AlgorithmConfig, implementation: Implementation = "native") -> Algorithm:
     """The algorithm of a config, fields left unset taking the algorithm's defaults.
 
     Raises:
-        UserError: unknown name; an aggregation that changes the objective; a clip of another algorithm's scale.
+        UserError: unknown name; a setting that the algorithm does not have; an aggregation that changes the objective;
+            a clip of another algorithm's scale; the engine's log-probabilities where they cannot stand for π_old.
     """
+    kind = _kind(config)
+    _refuse_foreign_settings(config, kind)
+    given = {f.name: getattr(config, f.name) for f in fields(kind) if f.name != "implementation"}
+    settings = {name: value for name, value in given.items() if value is not None}
+    algorithm = kind(**settings, implementation=implementation)
+    _refuse_other_aggregation(config, algorithm)
+    if config.old_logprobs != "recompute":
+        _check_bypass(config, algorithm)
+    if unusual.clips(algorithm) and not config.allow_unusual_clip:
+        raise UserError(unusual.clip_message(algorithm) + " Set algorithm.allow_unusual_clip=true to run it anyway.")
+    return algorithm
+
+
+def mismatch_of(config: AlgorithmConfig) -> Mismatch:
+    """The mismatch weights of a config; where it does not say, the algorithm's own. Raises UserError for a bad band."""
+    return Mismatch.from_config(config, _kind(config).default_mismatch)
+
+
+def resolve(config: AlgorithmConfig) -> AlgorithmConfig:
+    """The config with the algorithm's own values for what was left unset; what it does not have stays unset.
+
+    Raises UserError like `build` and `mismatch_of`.
+    """
+    algorithm, mismatch = build(config), mismatch_of(config)
+    values = {f.name: getattr(algorithm, f.name) for f in fields(algorithm) if f.name != "implementation"}
+    values |= {"aggregation": algorithm.aggregation, "mismatch": mismatch.mode}
+    values |= {"mismatch_low": mismatch.low, "mismatch_high": mismatch.high}
+    return replace(config, **values)
+
+
+def warnings(config: AlgorithmConfig, algorithm: Algorithm) -> list[str]:
+    """Settings that are allowed and probably not meant, one sentence or two each."""
+    return unusual.warnings(config, algorithm, mismatch_of(config).mode)
+
+
+def _kind(config: AlgorithmConfig) -> type[Algorithm]:
     if config.name not in ALGORITHMS:
         raise UserError(
             f'algorithm.name="{config.name}" is unknown; use one of {", ".join(ALGORITHMS)}.'
             f"{nearest(config.name, ALGORITHMS)}"
         )
-    kind = ALGORITHMS[config.name]
-    given = {f.name: getattr(config, f.name) for f in fields(kind) if f.name != "implementation"}
-    settings = {name: value for name, value in given.items() if value is not None}
-    algorithm = kind(**settings, implementation=implementation)
-    _refuse_token_mean(config, algorithm)
-    if _unusual_clips(algorithm) and not config.allow_unusual_clip:
-        raise UserError(_unusual_clip_message(algorithm) + " Set algorithm.allow_unusual_clip=true to run it anyway.")
-    return algorithm
+    return ALGORITHMS[config.name]
 
 
-def resolve(config: AlgorithmConfig) -> AlgorithmConfig:
-    """The config with the algorithm's own values for what was left unset. Raises UserError like `build`."""
-    algorithm = build(config)
-    unset = [f.name for f in fields(AlgorithmConfig) if getattr(config, f.name) is None]
-    return replace(config, **{name: getattr(algorithm, name) for name in unset})
-
-
-def warnings(config: AlgorithmConfig, algorithm: Algorithm) -> list[str]:
-    """Settings that are allowed and probably not meant, one sentence or two each."""
-    found = []
-    if algorithm.mini_batches == 1:
-        found.append(
-            "algorithm.mini_batches=1: with one update per rollout batch the policy is still the one that sampled, "
-            "every ratio is 1 and nothing is ever clipped. The GSPO paper uses 4."
+def _refuse_foreign_settings(config: AlgorithmConfig, kind: type[Algorithm]) -> None:
+    """A setting of another algorithm would be read by nobody."""
+    own = {f.name for f in fields(kind)} | _COMMON
+    for f in fields(AlgorithmConfig):
+        value = getattr(config, f.name)
+        if f.default is not None or value is None or f.name in own:
+            continue
+        readers = [name for name, other in ALGORITHMS.items() if f.name in {x.name for x in fields(other)}]
+        raise UserError(
+            f"algorithm.{f.name}={value} is not a setting of {config.name}, which would never read it; leave it out. "
+            f"It is read by {', '.join(readers)}."
         )
-    if _unusual_clips(algorithm):
-        found.append(_unusual_clip_message(algorithm))
-    if algorithm.level == "token" and max(algorithm.clip_low, algorithm.clip_high) < 0.01:
-        found.append(
-            f"algorithm.clip_low={algorithm.clip_low:g}, clip_high={algorithm.clip_high:g} is the scale of GSPO's "
-            f"sequence ratio; {algorithm.name} clips token ratios, which vary far more: most tokens will be clipped. "
-            "Usual: 0.2 and 0.27."
-        )
-    if algorithm.level == "sequence" and algorithm.dual_clip is not None and algorithm.dual_clip > 1.5:
-        found.append(
-            f"algorithm.dual_clip={algorithm.dual_clip:g}: a length-normalised sequence ratio stays near 1 and hardly "
-            f"ever reaches it under {algorithm.name}."
-        )
-    return found + _unread_settings(config, algorithm)
 
 
-def _refuse_token_mean(config: AlgorithmConfig, algorithm: Algorithm) -> None:
-    if config.aggregation != "token_mean":
+def _refuse_other_aggregation(config: AlgorithmConfig, algorithm: Algorithm) -> None:
+    if config.aggregation in (None, algorithm.aggregation):
         return
-    if algorithm.level == "sequence":
+    if config.aggregation == "token_mean" and isinstance(algorithm, GSPO) and algorithm.aggregation == "sequence_mean":
         reason = (
             f"{algorithm.name} gives every response the same weight, whatever its length; a mean over tokens would "
             "weight it by length and be another objective"
         )
     else:
-        reason = f"{algorithm.name} averages the tokens of each response first, as in its paper; no other mean is built"
-    raise UserError(f'algorithm.aggregation="token_mean": {reason}. Use "sequence_mean".')
+        reason = f"{algorithm.name} is defined by its own, as in its paper; no other is built"
+    raise UserError(f'algorithm.aggregation="{config.aggregation}": {reason}. Use "{algorithm.aggregation}".')
 
 
-def _unusual_clips(algorithm: Algorithm) -> list[str]:
-    limit = algorithm.usual_clip_below
-    if limit is None:
-        return []
-    return [
-        f"algorithm.{name}={getattr(algorithm, name):g}"
-        for name in ("clip_low", "clip_high")
-        if getattr(algorithm, name) >= limit
-    ]
-
-
-def _unusual_clip_message(algorithm: Algorithm) -> str:
-    return (
-        f"{', '.join(_unusual_clips(algorithm))}: {algorithm.name} clips a length-normalised sequence ratio, which "
-        f"stays so close to 1 that GRPO's clip of 0.2 never clips it, and {algorithm.usual_clip_below:g} hardly ever. "
-        "The paper uses clip_low=3e-4 and clip_high=4e-4."
-    )
-
-
-def _unread_settings(config: AlgorithmConfig, algorithm: Algorithm) -> list[str]:
-    """Settings changed from their default that nothing reads, given the others."""
-    read = {
-        "mismatch_low": (config.mismatch == "mask", 'algorithm.mismatch="mask"'),
-        "mismatch_high": (config.mismatch != "off", 'algorithm.mismatch="truncate" or "mask"'),
-        "dynamic_sampling_max_rounds": (algorithm.dynamic_sampling, "algorithm.dynamic_sampling=true"),
-        "old_logprobs_max_kl": (config.old_logprobs != "recompute", 'algorithm.old_logprobs="rollout" or "auto"'),
-        "old_logprobs_every": (config.old_logprobs != "recompute", 'algorithm.old_logprobs="rollout" or "auto"'),
-        "allow_unusual_clip": (bool(_unusual_clips(algorithm)), "a clip that is refused otherwise"),
-    }
-    default = AlgorithmConfig()
-    return [
-        f"algorithm.{name}={getattr(config, name)} has no effect: it is read only with {reader}."
-        for name, (is_read, reader) in read.items()
-        if not is_read and getattr(config, name) != getattr(default, name)
-    ]
+def _check_bypass(config: AlgorithmConfig, algorithm: Algorithm) -> None:
+    """The engine's log-probabilities as old ones: what the config alone cannot tell is amiss."""
+    given = f'algorithm.old_logprobs="{config.old_logprobs}"'
+    mode = mismatch_of(config).mode
+    if mode != "off":
+        raise UserError(
+            f'{given}: {config.name} weighs by the trainer/engine ratio (mismatch="{mode}"), which is then 1. '
+            'Use old_logprobs="recompute", or mismatch="off"'
+        )
+    if algorithm.clip is None and not config.old_logprobs_max_kl:
+        raise UserError(
+            f"{given}: {config.name} has no clip to tell how large a KL of engine and trainer it bears; "
+            "set algorithm.old_logprobs_max_kl, e.g. 5e-5"
+        )

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gspo_megatron.algorithms.mismatch import Mismatch
 from gspo_megatron.errors import UserError
 from gspo_megatron.ops import Implementation, PolicyLossStats, sequence_policy_loss
 from gspo_megatron.ops.reference import Level
 from gspo_megatron.types import MicroBatch
+
+# How token terms become a loss: the mean over a response's tokens, then over responses; the sum over a response's
+# tokens, then the mean over responses; or the mean over all tokens of the global batch.
+Aggregation = Literal["sequence_mean", "token_sum", "token_mean"]
 
 # Keeps rewards that differ by rounding alone from becoming advantages of ±1. Rewards are of the order of 1.
 STD_EPSILON = 1e-6
@@ -21,19 +26,18 @@ STD_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Algorithm(ABC):
-    """Resolved settings of an objective. A subclass gives its name, its level, its defaults and its loss.
+    """Resolved settings of an objective. A subclass gives its name, its level, its own settings and its loss.
 
-    Fields but the last carry the names of `AlgorithmConfig`, where each is explained; a field of None there takes
-    the default of the class.
+    Fields but `implementation` carry the names of `AlgorithmConfig`, where each is explained; a field of None there
+    takes the default of the class, and one that the class does not have is refused.
     """
 
     name: ClassVar[str]
     level: ClassVar[Level]  # what a ratio belongs to: the whole sequence, or one token
+    aggregation: ClassVar[Aggregation] = "sequence_mean"
     usual_clip_below: ClassVar[float | None] = None  # a clip of this or more is refused unless allowed
+    default_mismatch: ClassVar[Mismatch] = Mismatch()  # where algorithm.mismatch is not set
 
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None = None
     kl_coefficient: float = 0.0
     entropy_coefficient: float = 0.0
     normalize_std: bool = True
@@ -44,6 +48,12 @@ class Algorithm(ABC):
     def __post_init__(self) -> None:
         if self.kl_coefficient < 0:
             raise UserError(f"algorithm.kl_coefficient={self.kl_coefficient} must be at least 0; 0 switches it off")
+
+    @property
+    def clip(self) -> tuple[float, float] | None:
+        """(clip_low, clip_high), outside whose band a ratio may lose its gradient; None where there is none."""
+        low, high = getattr(self, "clip_low", None), getattr(self, "clip_high", None)
+        return None if low is None or high is None else (low, high)
 
     @property
     def needs_reference(self) -> bool:
@@ -92,6 +102,7 @@ class Algorithm(ABC):
         batch: MicroBatch,
         *,
         num_sequences: int,
+        num_tokens: int | None = None,
         weights: Tensor | None = None,  # [T]
         cp_group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, PolicyLossStats]:
@@ -101,9 +112,28 @@ class Algorithm(ABC):
             logprobs: of the policy being trained, differentiable.
             batch: holds the trainer's old_logprobs, the mask and the advantages.
             num_sequences: sequences in the global batch of this optimizer step.
+            num_tokens: response tokens in it, for aggregation "token_mean".
             weights: detached mismatch weights.
             cp_group: context-parallel group, if the batch is this rank's share of its tokens.
         """
+
+    def check_one_advantage_each(self, batch: MicroBatch) -> None:
+        """Raise ValueError unless advantages are [S]."""
+        num_sequences = batch.cu_seqlens.numel() - 1
+        if batch.advantages.numel() != num_sequences:
+            raise ValueError(
+                f"{self.name} takes one advantage a response, [{num_sequences}], and was given "
+                f"{tuple(batch.advantages.shape)}; use gspo_token for advantages that vary by token"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedAlgorithm(Algorithm):
+    """An objective made of `ops.sequence_policy_loss`, at its level, with its clip."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None = None
 
     def clipped_loss(
         self,

@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch.distributed as dist
 from torch import Tensor
 
-from gspo_megatron.algorithms.base import Algorithm
+from gspo_megatron.algorithms.base import ClippedAlgorithm
 from gspo_megatron.ops import PolicyLossStats
 from gspo_megatron.ops.reference import Level
 from gspo_megatron.types import MicroBatch
 
 
 @dataclass(frozen=True)
-class GRPO(Algorithm):
+class GRPO(ClippedAlgorithm):
     """One importance ratio per token; token terms are averaged within a response, then over responses.
 
     Clip 0.2 / 0.27 and four mini-batches are the GRPO baseline of the GSPO paper (section 5.1). The k3 KL term
@@ -34,6 +34,7 @@ class GRPO(Algorithm):
         batch: MicroBatch,
         *,
         num_sequences: int,
+        num_tokens: int | None = None,
         weights: Tensor | None = None,
         cp_group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, PolicyLossStats]:

@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch.distributed as dist
 from torch import Tensor
 
-from gspo_megatron.algorithms.base import Algorithm
+from gspo_megatron.algorithms.base import ClippedAlgorithm
 from gspo_megatron.ops import PolicyLossStats
 from gspo_megatron.ops.reference import Level
 from gspo_megatron.types import MicroBatch
 
 
 @dataclass(frozen=True)
-class GSPO(Algorithm):
+class GSPO(ClippedAlgorithm):
     """One length-normalised importance ratio per response: clipped, weighted and averaged as a whole.
 
     Defaults are the paper's: clip 3e-4 / 4e-4 and four mini-batches per rollout batch (section 5.1), no KL.
@@ -34,14 +34,11 @@ class GSPO(Algorithm):
         batch: MicroBatch,
         *,
         num_sequences: int,
+        num_tokens: int | None = None,
         weights: Tensor | None = None,
         cp_group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, PolicyLossStats]:
-        if batch.advantages.numel() != batch.cu_seqlens.numel() - 1:
-            raise ValueError(
-                f"gspo takes one advantage a response, [{batch.cu_seqlens.numel() - 1}], and was given "
-                f"{tuple(batch.advantages.shape)}; use gspo_token for advantages that vary by token"
-            )
+        self.check_one_advantage_each(batch)
         return self.clipped_loss(
             logprobs, batch, batch.advantages, num_sequences=num_sequences, weights=weights, cp_group=cp_group
         )

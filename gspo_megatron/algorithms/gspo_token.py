@@ -30,6 +30,7 @@ class GSPOToken(GSPO):
         batch: MicroBatch,
         *,
         num_sequences: int,
+        num_tokens: int | None = None,
         weights: Tensor | None = None,
         cp_group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, PolicyLossStats]:

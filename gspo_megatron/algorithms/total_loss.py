@@ -43,6 +43,7 @@ def objective(
     batch: MicroBatch,
     *,
     num_sequences: int,
+    num_tokens: int | None = None,
     mismatch: Mismatch,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Objective:
@@ -53,11 +54,17 @@ def objective(
         entropy: of its distributions; differentiable where entropy_coefficient is not 0.
         batch: with old_logprobs, and with reference_logprobs where the algorithm needs them.
         num_sequences: sequences in the global batch of this optimizer step.
+        num_tokens: response tokens in it, for algorithms that take their mean over them.
         mismatch: weights of the policy term; KL and entropy are not weighted.
         cp_group: context-parallel group, if the batch is this rank's share of its tokens.
     """
     policy_loss, stats = algorithm.loss(
-        logprobs, batch, num_sequences=num_sequences, weights=mismatch.weights(batch), cp_group=cp_group
+        logprobs,
+        batch,
+        num_sequences=num_sequences,
+        num_tokens=num_tokens,
+        weights=mismatch.weights(batch, logprobs, cp_group),
+        cp_group=cp_group,
     )
 
     def mean(values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gspo_megatron.ops import checks, native, reference
+from gspo_megatron.ops.checks import check_policy_tokens
 from gspo_megatron.ops.native.extension import check_device
 from gspo_megatron.ops.reference import Level, PolicyLossStats
 
@@ -22,6 +23,7 @@ __all__ = [
     "Implementation",
     "PolicyLossStats",
     "check_device",
+    "check_policy_tokens",
     "linear_logprobs",
     "sequence_mean",
     "sequence_policy_loss",

@@ -152,6 +152,28 @@ def check_pack(first_name: str, first: Tensor, response_mask: Tensor, cu_seqlens
         )
 
 
+def check_policy_tokens(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    response_mask: Tensor,
+    cu_seqlens: Tensor,
+    advantages: Tensor,
+    num_sequences: int | None,
+) -> None:
+    """Raise ValueError unless log-probabilities, mask and advantages describe one pack."""
+    check_pack("logprobs", logprobs, response_mask, cu_seqlens, num_sequences)
+    tokens, sequences = logprobs.shape[0], cu_seqlens.numel() - 1
+    _check_log_values("logprobs", logprobs)
+    _check_log_values("old_logprobs", old_logprobs)
+    _check_shape("old_logprobs", old_logprobs, (tokens,), "T")
+    _check_device("old_logprobs", old_logprobs, logprobs.device)
+    if advantages.dim() != 1 or (advantages.shape[0] != sequences and advantages.shape[0] != tokens):
+        raise ValueError(
+            f"advantages has shape {tuple(advantages.shape)}; it must be [S] = ({sequences},) or [T] = ({tokens},)"
+        )
+    _check_device("advantages", advantages, logprobs.device)
+
+
 def check_sequence_policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -167,19 +189,9 @@ def check_sequence_policy_loss(
     weights: Tensor | None,
 ) -> None:
     """Raise ValueError unless the arguments of `ops.sequence_policy_loss` fit each other."""
-    check_pack("logprobs", logprobs, response_mask, cu_seqlens, num_sequences)
-    tokens, sequences = logprobs.shape[0], cu_seqlens.numel() - 1
-    _check_log_values("logprobs", logprobs)
-    _check_log_values("old_logprobs", old_logprobs)
-    _check_shape("old_logprobs", old_logprobs, (tokens,), "T")
-    _check_device("old_logprobs", old_logprobs, logprobs.device)
-    if advantages.dim() != 1 or (advantages.shape[0] != sequences and advantages.shape[0] != tokens):
-        raise ValueError(
-            f"advantages has shape {tuple(advantages.shape)}; it must be [S] = ({sequences},) or [T] = ({tokens},)"
-        )
-    _check_device("advantages", advantages, logprobs.device)
+    check_policy_tokens(logprobs, old_logprobs, response_mask, cu_seqlens, advantages, num_sequences)
     if weights is not None:
-        _check_shape("weights", weights, (tokens,), "T")
+        _check_shape("weights", weights, (logprobs.shape[0],), "T")
         _check_device("weights", weights, logprobs.device)
     if level not in ("sequence", "token"):
         raise ValueError(f'level="{level}" must be "sequence" or "token"')

@@ -343,7 +343,7 @@ def sequence_of_token(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     return torch.where(tokens < cu_seqlens[0], cu_seqlens.numel() - 1, found)
 
 
-def _sums_per_sequence(values: Tensor, sequences: Tensor, num_sequences: int) -> Tensor:
+def sums_per_sequence(values: Tensor, sequences: Tensor, num_sequences: int) -> Tensor:
     """[k, T] float64 → [k, S+1] sums; the last column gathers what lies behind the last sequence."""
     return values.new_zeros((values.shape[0], num_sequences + 1)).index_add_(1, sequences, values)
 
@@ -382,7 +382,7 @@ class _SequencePolicyLoss(torch.autograd.Function):
 
         # Subtracted per token, then summed, in float64: a float32 difference of sums is 200 times worse.
         token_log_ratio = select(logprobs) - select(old_logprobs)
-        sums = _sums_per_sequence(torch.stack([token_log_ratio, mask.double()]), sequences, num_local)
+        sums = sums_per_sequence(torch.stack([token_log_ratio, mask.double()]), sequences, num_local)
         sum_log_ratio, num_tokens = all_reduce(sums, dist.ReduceOp.SUM, settings.cp_group)
         length = num_tokens.clamp(min=1.0)
         sequence_log_ratio = sum_log_ratio / length  # [S+1] log s_i
@@ -413,7 +413,7 @@ class _SequencePolicyLoss(torch.autograd.Function):
         ctx.save_for_backward(gradient)
         ctx.dtype = logprobs.dtype
 
-        num_clipped = _sums_per_sequence(clipped.double()[None], sequences, num_local)
+        num_clipped = sums_per_sequence(clipped.double()[None], sequences, num_local)
         num_clipped = all_reduce(num_clipped, dist.ReduceOp.SUM, settings.cp_group)[0]
         outputs = (
             loss.to(logprobs.dtype),
@@ -467,7 +467,7 @@ def sequence_mean(
     num_local = cu_seqlens.numel() - 1
     sequences = sequence_of_token(cu_seqlens, values.numel())
     mask = response_mask & (sequences < num_local)
-    num_tokens = _sums_per_sequence(mask.double()[None], sequences, num_local)
+    num_tokens = sums_per_sequence(mask.double()[None], sequences, num_local)
     length = all_reduce(num_tokens, dist.ReduceOp.SUM, cp_group)[0].clamp(min=1.0)
     divisor = length[sequences] * (num_local if num_sequences is None else num_sequences)
     total = (torch.where(mask, values.double(), 0.0) / divisor).sum()

@@ -32,23 +32,50 @@ def describe_common(config: TrainConfig | SftConfig, fields: ModelFields) -> lis
 
 
 def describe_algorithm(algorithm: AlgorithmConfig) -> list[tuple[str, str]]:
+    from gspo_megatron import algorithms
+
+    own = {f.name for f in dataclasses.fields(algorithms.ALGORITHMS[algorithm.name])}
     parts = [algorithm.name]
     if algorithm.clip_low is not None and algorithm.clip_high is not None:
         parts.append(f"clip to [1 − {algorithm.clip_low:g}, 1 + {algorithm.clip_high:g}]")
-    parts.append("no dual clip" if algorithm.dual_clip is None else f"dual clip {algorithm.dual_clip:g}")
+    elif algorithm.clip_high is not None:
+        parts.append(f"weights of at most 1 + {algorithm.clip_high:g}")
+    parts += [
+        f"{name.replace('_', ' ')} {getattr(algorithm, name):g}"
+        for name in sorted(own)
+        if name.startswith(("sapo_", "vespo_"))
+    ]
+    if "dual_clip" in own:
+        parts.append("no dual clip" if algorithm.dual_clip is None else f"dual clip {algorithm.dual_clip:g}")
+    if algorithm.aggregation == "token_sum":
+        parts.append("token terms summed over each response")
+    elif algorithm.aggregation == "token_mean":
+        parts.append("mean over all tokens")
     parts.append(f"KL coefficient {algorithm.kl_coefficient:g}" if algorithm.kl_coefficient else "no KL")
     if algorithm.entropy_coefficient:
         parts.append(f"entropy coefficient {algorithm.entropy_coefficient:g}")
     parts.append("advantages / std" if algorithm.normalize_std else "advantages not divided by std")
     if algorithm.dynamic_sampling:
         parts.append(f"dynamic sampling, at most {algorithm.dynamic_sampling_max_rounds} rounds")
-    if algorithm.mismatch != "off":
-        parts.append(f"mismatch weight: {algorithm.mismatch}")
+    parts += _describe_mismatch(algorithm)
     if algorithm.old_logprobs != "recompute":
         parts.append(f"old log-probs: {algorithm.old_logprobs}, measured every {algorithm.old_logprobs_every} batches")
     if algorithm.shuffle_advantages:
         parts.append("CONTROL: advantages shuffled within groups")
     return [("algorithm", "; ".join(parts))]
+
+
+def _describe_mismatch(algorithm: AlgorithmConfig) -> list[str]:
+    low, high, parts = algorithm.mismatch_low, algorithm.mismatch_high, []
+    if algorithm.mismatch == "truncate":
+        parts.append(f"mismatch weight truncated at {high:g}")
+    elif algorithm.mismatch == "mask":
+        parts.append(f"mismatch weight within [{low:g}, {high:g}], else 0")
+    elif algorithm.mismatch == "geometric":
+        parts.append(f"responses kept with a geometric-mean mismatch within [{low:g}, {high:g}]")
+    if algorithm.opsm_delta is not None:
+        parts.append(f"responses of negative advantage dropped at {algorithm.opsm_delta:g} nats a token off-policy")
+    return parts
 
 
 def describe_batch(config: TrainConfig, algorithm: AlgorithmConfig) -> list[tuple[str, str]]:

@@ -173,7 +173,7 @@ def shift_logprobs(trainer: Any, sequences: list[Sequence]) -> list[float]:
     clip, for GRPO.
     """
     policy = trainer.policy
-    level = "token" if trainer.config.algorithm.name == "grpo" else "sequence"
+    level, name = trainer.algorithm.level, trainer.algorithm.name
     fill_old, fill_reference = policy.fill_old_logprobs, policy.fill_reference_logprobs
     clip_gaps: list[float] = []
     branches = EDGE_BRANCHES if len(sequences) == len(EDGE_BRANCHES) else BRANCHES
@@ -185,8 +185,8 @@ def shift_logprobs(trainer: Any, sequences: list[Sequence]) -> list[float]:
             mask = torch.cat([mask[1:], mask.new_zeros(1)])  # as the micro-batch has it: of the next token
             drift = _drift(index, mask, branches[index][0], level)[positions]
             micro.old_logprobs[at] = (micro.old_logprobs[at].double() - drift.to(micro.old_logprobs.device)).float()
-            bounds = [math.log1p(x) for x in (-trainer.algorithm.clip_low, trainer.algorithm.clip_high)]
-            if level == "token":
+            if name == "grpo":
+                bounds = [math.log1p(x) for x in (-trainer.algorithm.clip_low, trainer.algorithm.clip_high)]
                 values = drift[micro.response_mask[at].cpu()]
                 clip_gaps.extend(abs(float(v) - b) for v in values for b in bounds)
 

@@ -26,6 +26,24 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "gspo_kl": {"name": "gspo", "kl_coefficient": 0.1, "entropy_coefficient": 0.01, "mismatch": "truncate"},
     "gspo_no_kl": {"name": "gspo", "entropy_coefficient": 0.01, "mismatch": "truncate"},
 }
+# The comparison arms, and the corrections that look at whole responses. Their own bounds on the loss: a sum over tokens
+# of log-probabilities is larger than a mean of ratios.
+ARMS: dict[str, dict[str, Any]] = {
+    "cispo": {"name": "cispo", "clip_high": 0.3},
+    "gmpo": {"name": "gmpo"},
+    "sapo": {"name": "sapo"},
+    "luspo": {"name": "luspo", "clip_low": 3e-4, "clip_high": 4e-4},
+    "vespo": {"name": "vespo"},
+    "minirl": {"name": "minirl"},
+    # Geo-RS drops sequences 3, 6, 7 and 11, OPSM sequence 2; of the edge batch Geo-RS drops the first.
+    "dropping": {
+        "name": "gspo",
+        "mismatch": "geometric",
+        "mismatch_low": 0.13,
+        "mismatch_high": 0.3,
+        "opsm_delta": 1.9,
+    },
+}
 LAYOUTS = [
     {"tensor": 2},
     {"pipeline": 2},
@@ -110,7 +128,7 @@ def step(tmp_path_factory: pytest.TempPathFactory, ranks: Callable[[int], RankPo
             layout=layout,
             folder=str(folder),
             tokenizer=TOKENIZER,
-            algorithm=ALGORITHMS[algorithm],
+            algorithm=(ALGORITHMS | ARMS)[algorithm],
             token_budget=budget,
             vocab=tiny_models.VOCAB,
             **more,
@@ -206,6 +224,31 @@ def test_every_layout_takes_the_same_step(
     ours = step(layout, algorithm, budget)
     assert ours["num_micro_batches"] > 1 or budget == BUDGETS[0]
     check(ours, reference(algorithm))
+
+
+@pytest.mark.parametrize(
+    ("layout", "batch", "budget"),
+    [({"context": 2, "data": 2}, "main", BUDGETS[1]), ({"context": 2}, "edge", 24)],
+    ids=["CP 2, DP 2", "CP 2, without response tokens"],
+)
+@pytest.mark.parametrize("algorithm", ARMS)
+def test_every_arm_takes_the_same_step_on_shared_sequences_and_in_micro_batches(
+    algorithm: str,
+    layout: dict[str, int],
+    batch: str,
+    budget: int,
+    step: Callable[..., dict[str, Any]],
+    reference: Callable[..., dict[str, Any]],
+) -> None:
+    ours, truth = step(layout, algorithm, budget, batch=batch), reference(algorithm, batch)
+    assert ours["num_micro_batches"] > 1
+    if algorithm == "dropping":
+        assert differences(truth, reference("gspo", batch))["gradient"] > 0.1
+    error = differences(ours, truth)
+    assert error["gradient"] <= 1e-5, error
+    assert error["loss"] <= 1e-6 * max(abs(truth["loss"]), MEAN_ADVANTAGE), error
+    assert error["log_ratio"] <= 1e-6 and error["weights"] <= 1e-6, error
+    assert {i: c for i, (_, c) in ours["stats"].items()} == {i: c for i, (_, c) in truth["stats"].items()}
 
 
 def in_effect(layout: dict[str, int], settings: dict[str, dict[str, Any]]) -> dict[str, Any]:

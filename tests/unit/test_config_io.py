@@ -117,7 +117,10 @@ def test_malformed_toml_says_the_line(write: Write) -> None:
         ("[optimizer]\nlr = true\n", ["optimizer.lr=true must be a number"]),
         ("[log]\ntensorboard = 1\n", ["log.tensorboard=1 must be true or false"]),
         ("[log]\nwandb_project = 3\n", ["log.wandb_project=3 must be a string"]),
-        ("[algorithm]\nmismatch = 'trunc'\n", ['one of "off", "truncate", "mask"', 'Did you mean "truncate"?']),
+        (
+            "[algorithm]\nmismatch = 'trunc'\n",
+            ['one of "off", "truncate", "mask", "geometric"', 'Did you mean "truncate"?'],
+        ),
         ("[task.params]\nx = [1]\n", ["task.params.x=[1] must be"]),
         ("[algorithm]\ndual_clip = 0.5\n", ["algorithm.dual_clip=0.5 must be above 1"]),
         ("[rollout]\nsamples_per_prompt = 1\n", ["rollout.samples_per_prompt=1", "at least 2"]),

@@ -22,29 +22,29 @@ FILE, REGISTRY_LINE = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.m
 
 
 @pytest.fixture
-def cispo_file(tmp_path: Path) -> Path:
-    path = tmp_path / "cispo.py"
+def dapo_file(tmp_path: Path) -> Path:
+    path = tmp_path / "dapo.py"
     path.write_text(FILE)
     return path
 
 
 @pytest.fixture
-def cispo(cispo_file: Path, monkeypatch: pytest.MonkeyPatch) -> Algorithm:
+def dapo(dapo_file: Path, monkeypatch: pytest.MonkeyPatch) -> Algorithm:
     """The documented algorithm, selected by its name once its line is in the registry."""
-    spec = importlib.util.spec_from_file_location("gspo_megatron.algorithms.cispo", cispo_file)
+    spec = importlib.util.spec_from_file_location("gspo_megatron.algorithms.dapo", dapo_file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
-    line = eval("{" + REGISTRY_LINE + "}", {"CISPO": module.CISPO})
+    line = eval("{" + REGISTRY_LINE + "}", {"DAPO": module.DAPO})
     monkeypatch.setattr(algorithms, "ALGORITHMS", MappingProxyType({**algorithms.ALGORITHMS, **line}))
-    return algorithms.build(AlgorithmConfig(name="cispo"))
+    return algorithms.build(AlgorithmConfig(name="dapo"))
 
 
 # Three responses of 3, 2 and 2 tokens with a masked token in each of the first two.
 LENGTHS = (3, 2, 2)
 MASK = torch.tensor([True, False, True, True, False, True, True])
-# Log-ratios on both sides of log(1 + 0.27) = 0.239, and one far below, where nothing is clipped.
+# Log-ratios on both sides of log(1 + 0.28) = 0.247, and one far below log(1 - 0.2), with either sign of the advantage.
 LOG_RATIO = torch.tensor([0.5, 0.0, 0.1, 0.3, 0.0, -0.9, 0.2], dtype=torch.float64)
 ADVANTAGES = torch.tensor([1.5, -0.5, -2.0], dtype=torch.float64)
 
@@ -74,60 +74,63 @@ def example() -> tuple[torch.Tensor, MicroBatch]:
     return logprobs.masked_fill(~MASK, torch.nan).requires_grad_(), micro_batch(old)
 
 
-def test_the_example_is_one_short_file_in_the_project_s_format(cispo_file: Path) -> None:
+def test_the_example_is_one_short_file_in_the_project_s_format(dapo_file: Path) -> None:
     assert len(FILE.splitlines()) <= 40
     for command in (["check"], ["format", "--check"]):
-        ruff = [sys.executable, "-m", "ruff", *command, "--config", str(ROOT / "pyproject.toml"), str(cispo_file)]
+        ruff = [sys.executable, "-m", "ruff", *command, "--config", str(ROOT / "pyproject.toml"), str(dapo_file)]
         result = subprocess.run(ruff, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_registry_line_makes_the_name_known(cispo: Algorithm) -> None:
-    assert type(cispo).__name__ == "CISPO"
-    assert (cispo.clip_high, cispo.mini_batches) == (0.27, 4)
-    assert algorithms.build(AlgorithmConfig(name="cispo", clip_high=0.5)).clip_high == 0.5
+def test_the_registry_line_makes_the_name_known(dapo: Algorithm) -> None:
+    assert type(dapo).__name__ == "DAPO"
+    config = algorithms.resolve(AlgorithmConfig(name="dapo", clip_high=0.5))
+    assert (config.clip_low, config.clip_high, config.mini_batches) == (0.2, 0.5, 4)
 
 
-def test_loss_and_gradient_are_the_definition_s(cispo: Algorithm) -> None:
+def test_loss_and_gradient_are_the_definition_s(dapo: Algorithm) -> None:
     logprobs, batch = example()
-    num_sequences = 5
-    loss, stats = cispo.loss(logprobs, batch, num_sequences=num_sequences)
+    num_tokens = 11
+    loss, stats = dapo.loss(logprobs, batch, num_sequences=5, num_tokens=num_tokens)
     loss.backward()
 
     expected, gradient, start = 0.0, torch.zeros(7, dtype=torch.float64), 0
     for length, advantage in zip(LENGTHS, ADVANTAGES.tolist(), strict=True):
-        response = [t for t in range(start, start + length) if MASK[t]]
-        for t in response:
-            factor = min(float(LOG_RATIO[t].exp()), 1.27) * advantage / len(response) / num_sequences
-            expected -= factor * float(logprobs.detach()[t])
-            gradient[t] = -factor
+        for t in range(start, start + length):
+            if MASK[t]:
+                ratio = float(LOG_RATIO[t].exp())
+                bounded = min(max(ratio, 0.8), 1.28)
+                expected -= min(ratio * advantage, bounded * advantage) / num_tokens
+                gradient[t] = -ratio * advantage / num_tokens if ratio * advantage <= bounded * advantage else 0.0
         start += length
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     assert logprobs.grad is not None
     torch.testing.assert_close(logprobs.grad, gradient, rtol=1e-12, atol=0)
-    assert stats.clipped_tokens.tolist() == [True, False, False, True, False, False, False]
-    assert stats.clipped.tolist() == [True, True, False]
+    assert stats.clipped_tokens.tolist() == [True, False, False, False, False, True, False]
+    assert stats.clipped.tolist() == [True, False, True]
 
 
-def test_descent_makes_good_responses_likelier_beyond_the_clip_too(cispo: Algorithm) -> None:
+def test_descent_makes_good_responses_likelier_and_bad_ones_less(dapo: Algorithm) -> None:
     logprobs, batch = example()
-    loss, _ = cispo.loss(logprobs, batch, num_sequences=3)
+    loss, _ = dapo.loss(logprobs, batch, num_sequences=3, num_tokens=5)
     loss.backward()
     assert torch.isfinite(loss)
     assert logprobs.grad is not None
-    assert logprobs.grad.sign().tolist() == [-1, 0, -1, 1, 0, 1, 1]
+    assert logprobs.grad.sign().tolist() == [0, 0, -1, 1, 0, 0, 1]
 
 
-def test_the_other_terms_and_mismatch_weights_come_with_it(cispo: Algorithm) -> None:
+def test_the_other_terms_and_mismatch_weights_come_with_it(dapo: Algorithm) -> None:
     logprobs, batch = example()
     assert batch.old_logprobs is not None
     batch.rollout_logprobs = (
         batch.old_logprobs - torch.tensor(2.0).log()
     )  # the trainer's probability is twice the engine's
     entropy = torch.full((7,), 0.7, dtype=torch.float64)
-    plain = algorithms.objective(cispo, logprobs, entropy, batch, num_sequences=3, mismatch=Mismatch("off"))
+    plain = algorithms.objective(
+        dapo, logprobs, entropy, batch, num_sequences=3, num_tokens=5, mismatch=Mismatch("off")
+    )
     weighted = algorithms.objective(
-        cispo, logprobs, entropy, batch, num_sequences=3, mismatch=Mismatch("truncate", high=1.5)
+        dapo, logprobs, entropy, batch, num_sequences=3, num_tokens=5, mismatch=Mismatch("truncate", high=1.5)
     )
     assert plain.entropy.item() == pytest.approx(0.7)
     assert weighted.loss.item() == pytest.approx(1.5 * plain.loss.item(), rel=1e-6)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gspo_megatron.algorithms import ALGORITHMS, Algorithm, build, warnings
+from gspo_megatron.algorithms import ALGORITHMS, Algorithm, build, mismatch_of, resolve, warnings
 from gspo_megatron.config import AlgorithmConfig
 from gspo_megatron.errors import UserError
 from gspo_megatron.ops import sequence_policy_loss
@@ -51,7 +51,9 @@ def test_registered_names_are_the_classes_own() -> None:
 
 
 def test_fields_are_those_of_the_config() -> None:
-    assert {f.name for f in fields(Algorithm)} - {"implementation"} <= {f.name for f in fields(AlgorithmConfig)}
+    names = {f.name for f in fields(AlgorithmConfig)}
+    for kind in ALGORITHMS.values():
+        assert {f.name for f in fields(kind)} - {"implementation"} <= names
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ def test_given_settings_override_the_defaults_zero_and_false_too() -> None:
         "mini_batches": 2,
         "dynamic_sampling": True,
     }
-    assert set(given_settings) == {f.name for f in fields(Algorithm)} - {"implementation"}
+    assert set(given_settings) == {f.name for f in fields(ALGORITHMS["gspo"])} - {"implementation"}
     algorithm = build(AlgorithmConfig(**given_settings))
     assert {name: getattr(algorithm, name) for name in given_settings} == given_settings
     assert algorithm.needs_reference
@@ -109,12 +111,104 @@ def test_a_clip_for_short_responses_is_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
-    [("gspo", "weight it by length"), ("gspo_token", "weight it by length"), ("grpo", "no other mean is built")],
+    ("name", "other", "reason", "own"),
+    [
+        ("gspo", "token_mean", "weight it by length", "sequence_mean"),
+        ("gspo_token", "token_mean", "weight it by length", "sequence_mean"),
+        ("grpo", "token_mean", "no other is built", "sequence_mean"),
+        ("gspo", "token_sum", "no other is built", "sequence_mean"),
+        ("cispo", "sequence_mean", "no other is built", "token_mean"),
+        ("luspo", "token_mean", "no other is built", "token_sum"),
+    ],
 )
-def test_token_mean_is_refused(name: str, reason: str) -> None:
-    with pytest.raises(UserError, match=f'aggregation="token_mean".*{reason}.*sequence_mean'):
-        build(AlgorithmConfig(name=name, aggregation="token_mean"))
+def test_another_aggregation_is_refused(name: str, other: Any, reason: str, own: Any) -> None:
+    with pytest.raises(UserError, match=f'aggregation="{other}".*{reason}.*Use "{own}"'):
+        build(AlgorithmConfig(name=name, aggregation=other))
+    assert resolve(AlgorithmConfig(name=name)).aggregation == own
+    build(AlgorithmConfig(name=name, aggregation=own))
+
+
+ARMS: list[tuple[str, dict[str, Any]]] = [
+    ("cispo", {"clip_high": 4.0, "normalize_std": True}),
+    ("gmpo", {"clip_low": 1 - math.exp(-0.4), "clip_high": math.exp(0.4) - 1, "normalize_std": True}),
+    ("sapo", {"sapo_tau_positive": 1.0, "sapo_tau_negative": 1.05, "normalize_std": True}),
+    ("luspo", {"clip_low": 2e-3, "clip_high": 2.5e-3, "normalize_std": True, "mismatch": "off"}),
+    (
+        "vespo",
+        {
+            "vespo_c1_positive": 2.0,
+            "vespo_c2_positive": 3.0,
+            "vespo_c1_negative": 3.0,
+            "vespo_c2_negative": 2.0,
+            "normalize_std": False,
+        },
+    ),
+    (
+        "minirl",
+        {"clip_low": 0.2, "clip_high": 0.27, "normalize_std": False, "mismatch": "truncate", "mismatch_high": 5.0},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "published"), ARMS)
+def test_an_arm_s_unset_settings_are_the_published_ones_and_it_has_no_others(
+    name: str, published: dict[str, Any]
+) -> None:
+    config = resolve(AlgorithmConfig(name=name))
+    assert {key: getattr(config, key) for key in published} == published
+    assert config.mini_batches == 4 and not config.kl_coefficient
+    foreign = {"clip_low", "clip_high", *(f.name for f in fields(AlgorithmConfig) if f.name[:5] in ("sapo_", "vespo"))}
+    assert {key for key in foreign if getattr(config, key) is not None} == foreign & set(published)
+    assert resolve(config) == config and warnings(config, build(config)) == [], "the written config means the same"
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "readers"),
+    [
+        ("sapo", "clip_low", 0.2, "gspo, gspo_token, grpo, gmpo, luspo, minirl"),
+        ("cispo", "clip_low", 0.2, "gspo, gspo_token, grpo, gmpo, luspo, minirl"),
+        ("vespo", "clip_high", 0.2, "gspo, gspo_token, grpo, cispo, gmpo, luspo, minirl"),
+        ("minirl", "dual_clip", 3.0, "gspo, gspo_token, grpo, luspo"),
+        ("gspo", "sapo_tau_positive", 1.0, "sapo"),
+        ("grpo", "vespo_c1_negative", 3.0, "vespo"),
+    ],
+)
+def test_a_setting_that_the_algorithm_never_reads_is_refused(
+    name: str, setting: str, value: float, readers: str
+) -> None:
+    """verl's clip_ratio_c was advertised for GSPO, and read by nobody."""
+    settings: dict[str, Any] = {setting: value}
+    with pytest.raises(UserError) as error:
+        build(AlgorithmConfig(name=name, **settings))
+    assert f"algorithm.{setting}={value} is not a setting of {name}" in str(error.value)
+    assert str(error.value).endswith(f"It is read by {readers}.")
+
+
+@pytest.mark.parametrize("setting", ["sapo_tau_negative", "vespo_c2_positive", "opsm_delta", "mismatch_high"])
+def test_settings_that_must_be_positive(setting: str) -> None:
+    settings: dict[str, Any] = {setting: 0.0}
+    with pytest.raises(UserError, match=rf"algorithm.{setting}=0.0 must be positive"):
+        AlgorithmConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "minirl"}, r'minirl weighs by the trainer/engine ratio \(mismatch="truncate"\), which is then 1'),
+        ({"name": "sapo"}, r"sapo has no clip to tell.*old_logprobs_max_kl, e.g. 5e-5"),
+        ({"name": "cispo"}, r"cispo has no clip to tell.*old_logprobs_max_kl, e.g. 5e-5"),
+    ],
+)
+def test_the_engine_s_log_probs_are_refused_where_they_cannot_be_judged(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(AlgorithmConfig(old_logprobs="auto", **settings))
+    build(AlgorithmConfig(old_logprobs="auto", old_logprobs_max_kl=1e-4, mismatch="off", **settings))
+
+
+def test_a_band_that_keeps_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match=r"mismatch_low=1.5 must be below mismatch_high=1.001.*0.999 and 1.001"):
+        mismatch_of(AlgorithmConfig(mismatch="geometric", mismatch_low=1.5))
+    mismatch_of(AlgorithmConfig(mismatch="truncate", mismatch_high=0.4))  # has no lower bound
 
 
 def test_negative_kl_coefficient() -> None:
@@ -131,6 +225,15 @@ WARNED: list[tuple[dict[str, Any], str]] = [
     ({"mismatch_high": 5.0}, "algorithm.mismatch_high=5.0 has no effect"),
     ({"dynamic_sampling_max_rounds": 9}, "algorithm.dynamic_sampling_max_rounds=9 has no effect"),
     ({"allow_unusual_clip": True}, "algorithm.allow_unusual_clip=True has no effect"),
+    (
+        {"name": "gmpo", "clip_low": 3e-4, "clip_high": 4e-4},
+        "most tokens will be clipped. Usual: 0.32968 and 0.491825.",
+    ),
+    ({"name": "cispo", "clip_high": 4e-4}, "algorithm.clip_high=0.0004 is the scale of GSPO's"),
+    ({"name": "luspo", "dual_clip": 3.0}, "hardly ever reaches it under luspo"),
+    ({"name": "sapo", "sapo_tau_negative": 0.9}, "sapo_tau_negative=0.9 is below sapo_tau_positive=1"),
+    ({"name": "vespo", "vespo_c1_negative": 0.5}, "vespo_c1_negative=0.5 is below 1"),
+    ({"name": "minirl", "mismatch": "off"}, 'algorithm.mismatch="off": the weight π_old/μ is part of minirl'),
 ]
 
 
@@ -147,7 +250,11 @@ def test_warnings(given_settings: dict[str, Any], message: str) -> None:
         {"mismatch": "mask", "mismatch_low": 0.9, "mismatch_high": 1.1},
         {"mismatch": "truncate", "mismatch_high": 5.0},
         {"dynamic_sampling": True, "dynamic_sampling_max_rounds": 9},
+        {"mismatch": "geometric", "mismatch_low": 0.99, "mismatch_high": 1.01},
+        {"opsm_delta": 0.5},
         {"name": "grpo", "dual_clip": 3.0},
+        {"name": "minirl", "mismatch_high": 3.0},
+        *({"name": name} for name in ALGORITHMS),
     ],
 )
 def test_settings_that_are_read_do_not_warn(given_settings: dict[str, Any]) -> None:
