@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NoReturn
 
-from gspo_megatron.config import SftConfig, TrainConfig
+from gspo_megatron.config import MeasureConfig, SftConfig, TrainConfig
 from gspo_megatron.errors import UserError, nearest
 from gspo_megatron.stop import StopSignals
 
@@ -49,7 +49,7 @@ class _RankedCommand:
     """A command that every rank of a layout runs."""
 
     name: str
-    config: type[TrainConfig] | type[SftConfig]
+    config: type[TrainConfig] | type[SftConfig] | type[MeasureConfig]
     worker: str  # module of gspo_megatron whose run(config) is the work of one rank
     writes_run_folder: bool
     saves_on_signal: bool = False
@@ -157,9 +157,13 @@ def _config_and_overrides(command: str, arguments: Arguments) -> tuple[Path, Arg
     return Path(arguments[0]), arguments[1:]
 
 
-def _load(cls: type[TrainConfig] | type[SftConfig], path: Path, overrides: Arguments) -> TrainConfig | SftConfig:
+def _load(
+    cls: type[TrainConfig] | type[SftConfig] | type[MeasureConfig], path: Path, overrides: Arguments
+) -> TrainConfig | SftConfig:
     from gspo_megatron.config_io import load_config
 
+    if issubclass(cls, MeasureConfig):
+        return load_config(MeasureConfig, path, overrides)
     return load_config(TrainConfig, path, overrides) if cls is TrainConfig else load_config(SftConfig, path, overrides)
 
 
@@ -289,6 +293,11 @@ COMMANDS: dict[str, Command] = {
         f"eval {_CONFIG_USAGE}",
         "Evaluate model.path of a train config on the held-out split",
         _RankedCommand("eval", TrainConfig, "evaluate", writes_run_folder=False),
+    ),
+    "measure": Command(
+        f"measure {_CONFIG_USAGE}",
+        "Measure how a policy's ratios take length, flipped routes and lost precision",
+        _RankedCommand("measure", MeasureConfig, "measure", writes_run_folder=False),
     ),
     "serve": Command(
         f"serve {_CONFIG_USAGE}",

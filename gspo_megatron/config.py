@@ -643,3 +643,33 @@ class SftConfig:
     sft: SftLoopConfig = field(default_factory=SftLoopConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What `measure` measures of a policy; it does not train for the task's sake."""
+
+    what: Literal["lengths", "precision"] = "lengths"
+    """lengths: how ratios spread with the response's length, after an update and under rounded weights; precision: what
+    inexact old log-probabilities do to the clip."""
+    prompts: int = 128
+    """Held-out prompts, each with one response."""
+    response_tokens: int = 512
+    """Length of each of these responses: no stop token ends them."""
+    updates: int = 1
+    """lengths: rollout batches of training between before and after."""
+
+    def __post_init__(self) -> None:
+        _require_positive("measure", self, "updates")
+        _require(self.prompts >= 2, f"measure.prompts={self.prompts} must be at least 2: spreads are over responses")
+        _require(
+            self.response_tokens >= 16,
+            f"measure.response_tokens={self.response_tokens} must be at least 16: slopes need two lengths from 8 on",
+        )
+
+
+@dataclass(frozen=True)
+class MeasureConfig(TrainConfig):
+    """Measurements of a policy: a training run's config, and what is measured."""
+
+    measure: MeasureSettings = field(default_factory=MeasureSettings)

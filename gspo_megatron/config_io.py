@@ -23,10 +23,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tomlkit
 
-from gspo_megatron.config import SftConfig, TrainConfig
+from gspo_megatron.config import MeasureConfig, SftConfig, TrainConfig
 from gspo_megatron.errors import UserError, nearest
 
-Config = TypeVar("Config", TrainConfig, SftConfig)
+Config = TypeVar("Config", TrainConfig, SftConfig, MeasureConfig)
 
 _HELP_FLAGS = ("-h", "--help")
 
@@ -358,7 +358,7 @@ def load_config(cls: type[Config], path: Path, overrides: Sequence[str] = ()) ->
     """Read a TOML file, apply `--section.key value` overrides and check the result.
 
     Args:
-        cls: TrainConfig or SftConfig.
+        cls: TrainConfig, SftConfig or MeasureConfig.
         path: the TOML file, one table per section.
         overrides: command-line tokens: `--section.key value`, `--section.key=value`, a bare `--section.key` for
             true, `--task.params.NAME value` for one entry of a table, `none` for a field that may be unset.
@@ -438,7 +438,7 @@ def _literal(value: Any) -> str:
 
 def render_reference() -> str:
     """docs/configuration.md: every section and key with type, default and help."""
-    train, sft = sections(TrainConfig), sections(SftConfig)
+    train, sft, measure = sections(TrainConfig), sections(SftConfig), sections(MeasureConfig)
     lines = [
         "# Configuration",
         "",
@@ -446,8 +446,9 @@ def render_reference() -> str:
         "`--section.key value`; an entry of a table as `--task.params.NAME value`. Unknown keys are refused.",
         "This page is printed by `python -m gspo_megatron settings`; a test keeps it equal to the code.",
     ]
-    for name, section in {**train, **{n: s for n, s in sft.items() if n not in train}}.items():
-        commands = [c for c, known in (("train", train), ("sft", sft)) if name in known]
+    further = {n: s for n, s in {**sft, **measure}.items() if n not in train}
+    for name, section in {**train, **further}.items():
+        commands = [c for c, known in (("train", train), ("sft", sft)) if name in known] or ["measure"]
         used_by = "" if len(commands) == 2 else f" Only for `{commands[0]}`."
         lines += ["", f"## [{name}]", "", f"{section.__doc__}{used_by}", ""]
         lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]

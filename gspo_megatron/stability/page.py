@@ -17,7 +17,7 @@ from gspo_megatron.stability.run_data import Row, Run, config_differences, flatt
 
 MAX_SHOWN_CHARACTERS = 20_000
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --back: #ffffff; --text: #1a1a1a; --soft: #5a5a5a; --line: #d5d5d5; --box: #f4f4f4; }
 @media (prefers-color-scheme: dark) {
   :root { --back: #16181c; --text: #e8e8e8; --soft: #a8abb2; --line: #3a3d44; --box: #202329; }
@@ -243,7 +243,7 @@ def render(runs: Sequence[Run], *, light_png: bytes, dark_png: bytes) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>{_STYLE}{_swatches()}</style>
+<style>{STYLE}{_swatches()}</style>
 </head>
 <body>
 <h1>{title}</h1>

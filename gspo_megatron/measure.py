@@ -1,0 +1,246 @@
+"""What is measured of a policy without training it for a task's sake: how its ratios spread with length, what flipped
+routes and lost precision do to them. One file of plain numbers comes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gspo_megatron import algorithms
+from gspo_megatron.config import MeasureConfig
+from gspo_megatron.data.exchange import distribute
+from gspo_megatron.errors import UserError
+from gspo_megatron.experience import collect
+from gspo_megatron.job import Job, open_job
+from gspo_megatron.policy.policy import MegatronPolicy
+from gspo_megatron.rollout.engine import SamplingParams
+from gspo_megatron.rollout.sglang.engine import SGLangEngine
+from gspo_megatron.stability.benchmark.measurements import Curves, Values, clip_by_sign, length_scaling, prefixed
+from gspo_megatron.step_metrics import observed_loss
+from gspo_megatron.types import Group, NamedTensor, StepBatch
+from gspo_megatron.types import Sequence as TrainSequence
+from gspo_megatron.weight_sync import generate, sync_weights
+
+FILE = "measurement.json"
+
+# Precision: simulated mismatch of the central warning's table (nats a token), and plain shifts of log-probabilities.
+MISMATCHES = (3e-5, 1e-4, 3e-4, 7.5e-4, 1.5e-3)
+NOISES = (0.01, 0.03)  # standard deviation of a token's log-probability
+BIASES = (2e-4, 5e-4, 1e-3)
+
+_FP8_MAX = 448.0  # largest number of float8_e4m3fn
+_KEPT_IN_FP8 = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")  # as FP8 rollouts keep them
+_Ratios = tuple[np.ndarray, np.ndarray]  # [S, T] the engine's and the trainer's log-probabilities
+
+
+def run(config: MeasureConfig) -> None:
+    """The `measure` command on one rank; rank 0 writes run.folder/measurement.json."""
+    _check(config)
+    with open_job(config) as job:
+        algorithm = algorithms.build(config.algorithm, config.kernels.implementation)
+        policy = MegatronPolicy(
+            config.model,
+            config.optimizer,
+            job.groups,
+            seed=config.run.seed,
+            total_steps=config.measure.updates * algorithm.mini_batches,
+            temperature=config.rollout.temperature,
+            memory=config.memory,
+            kernels=config.kernels,
+        )
+        sync_weights(policy, job, version=0)
+        measurements = {"lengths": lengths, "precision": precision}
+        values, curves = measurements[config.measure.what](policy, job, config)
+        if job.groups.rank == 0:
+            _write(Path(config.run.folder), values, curves)
+
+
+def _check(config: MeasureConfig) -> None:
+    if config.parallel.context > 1:
+        raise UserError(
+            f"parallel.context={config.parallel.context}: measure looks at whole responses; set it to 1 and use other "
+            "degrees"
+        )
+    if config.rollout.engine != "embedded":
+        raise UserError(
+            f'rollout.engine="{config.rollout.engine}" does not take the rounded weights that measure gives it; set '
+            '"embedded"'
+        )
+
+
+def _write(folder: Path, values: Values, curves: Curves) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{FILE}.partial"
+    partial.write_text(json.dumps({"values": values, "curves": curves}, indent=1, allow_nan=False), encoding="utf-8")
+    os.replace(partial, folder / FILE)
+    print(f"{len(values)} values and {len(curves)} curves written to {folder / FILE}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Responses and their log-probabilities
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sample(job: Job, config: MeasureConfig) -> list[StepBatch]:
+    """Responses of measure.response_tokens tokens to held-out prompts, packed: no stop token ends them."""
+    mine = []
+    if job.groups.is_head:
+        prompts = job.task.prompts("heldout", 0, config.measure.prompts)
+        mine = [prompts[i] for i in job.share(len(prompts))]
+    params = SamplingParams(
+        num_samples=1,
+        temperature=config.rollout.temperature,
+        max_response_tokens=config.measure.response_tokens,
+        stop_token_ids=(),
+        seed=config.run.seed * job.groups.layout.data + job.groups.coordinates.data,
+    )
+    groups = generate(job, mine, params)
+    numbers = {prompt.id: job.share(config.measure.prompts)[i] for i, prompt in enumerate(mine)}
+    return distribute(
+        [_sequence(numbers[g.prompt.id], g) for g in groups],
+        job.groups,
+        mini_batches=1,
+        token_budget=config.data.token_budget,
+        pad_token_id=job.tokenizer.pad_token_id,
+        device=job.device,
+    )
+
+
+def _sequence(index: int, group: Group) -> TrainSequence:
+    [rollout] = group.rollouts
+    return TrainSequence(index, rollout.token_ids, rollout.response_mask, rollout.rollout_logprobs, torch.zeros(()))
+
+
+def logprobs(policy: MegatronPolicy, job: Job, batches: list[StepBatch]) -> _Ratios:
+    """[S, T] log-probabilities of the responses' tokens, the engine's and the policy's present ones, on every rank.
+
+    Collective.
+    """
+    policy.fill_old_logprobs(batches)
+    mine: dict[int, tuple[list[float], list[float]]] = {}
+    if job.groups.reports_loss:
+        for micro in (m for batch in batches for m in batch.micro_batches):
+            assert micro.old_logprobs is not None
+            bounds = micro.cu_seqlens.tolist()
+            for i, number in enumerate(micro.sequence_ids.tolist()):
+                if number >= 0:
+                    part = slice(bounds[i], bounds[i + 1])
+                    chosen = micro.response_mask[part]
+                    both = (micro.rollout_logprobs[part][chosen], micro.old_logprobs[part][chosen])
+                    mine[number] = (both[0].tolist(), both[1].tolist())
+    found = {number: pair for part in job.all_gather(mine) for number, pair in part.items()}
+    pairs = np.array([found[number] for number in sorted(found)], dtype=np.float64)  # [S, 2, T]
+    return pairs[:, 0], pairs[:, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lengths
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lengths(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[Values, Curves]:
+    """How ratios of long responses spread: `update`, between the policy before and after measure.updates rollout
+    batches of training; `fp8`, between the engine with weights rounded to FP8, which samples them, and the policy."""
+    batches = sample(job, config)
+    _, before = logprobs(policy, job, batches)
+    algorithm = algorithms.build(config.algorithm, config.kernels.implementation)
+    mismatch = algorithms.Mismatch.from_config(config.algorithm)
+    for update in range(config.measure.updates):
+        first = update * config.rollout.prompts_per_batch
+        experience = collect(job, algorithm, batch=update + 1, first_prompt=first)
+        mini_batches = distribute(
+            experience.sequences,
+            job.groups,
+            mini_batches=algorithm.mini_batches,
+            token_budget=config.data.token_budget,
+            pad_token_id=job.tokenizer.pad_token_id,
+            device=job.device,
+        )
+        policy.fill_old_logprobs(mini_batches)
+        for batch in mini_batches:
+            policy.train_step(batch, observed_loss(algorithm, mismatch, num_sequences=batch.num_global_sequences))
+        sync_weights(policy, job, version=update + 1)
+    _, after = logprobs(policy, job, batches)
+    _sync_rounded(policy, job)
+    engine, trainer = logprobs(policy, job, sample(job, config))
+    values: Values = {}
+    curves: Curves = {}
+    for name, d in (("update", after - before), ("fp8", trainer - engine)):
+        some, lines = length_scaling(d, seed=config.run.seed)
+        values |= prefixed(name, some)
+        curves |= prefixed(name, lines)
+    return values, curves
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def precision(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[Values, Curves]:
+    """What GSPO's clip would do if the old log-probabilities were another's than the trainer's own.
+
+    `engine`: the embedded engine's, with the same weights. `fp8`: sampled by an engine whose linear layers are rounded
+    to FP8 (e4m3, one scale a row). `bf16`: the trainer's, rounded to bfloat16. `noise_σ`, `bias_b`: the trainer's plus
+    normal noise, or plus a constant: no mismatch that sampling could have, as the mean of the ratio is not 1.
+    `mismatch_K`: normal log-ratios of mean −K and variance 2K, as a mismatch of K nats a token has.
+    """
+    engine, exact = logprobs(policy, job, sample(job, config))
+    _sync_rounded(policy, job)
+    rounded = logprobs(policy, job, sample(job, config))
+    generator = np.random.default_rng(config.run.seed)
+    normal = generator.standard_normal(exact.shape)
+    bf16 = torch.from_numpy(exact).bfloat16().double().numpy()
+    ratios = {"engine": exact - engine, "fp8": rounded[1] - rounded[0], "bf16": exact - bf16}
+    ratios |= {f"noise_{sigma:g}": sigma * normal for sigma in NOISES}
+    ratios |= {f"bias_{bias:g}": np.full_like(exact, -bias) for bias in BIASES}
+    ratios |= {f"mismatch_{kl:g}": -kl + np.sqrt(2 * kl) * normal for kl in MISMATCHES}
+    return summarize_precision(ratios)
+
+
+def summarize_precision(ratios: dict[str, np.ndarray]) -> tuple[Values, Curves]:
+    """Clip rates by sign of every kind of log-ratios [S, T]; the simulated mismatches also as curves over KL."""
+    found = {name: clip_by_sign(d) for name, d in ratios.items()}
+    values: Values = {}
+    for name, one in found.items():
+        values |= prefixed(name, one)
+    simulated = [one for name, one in found.items() if name.startswith("mismatch_")]
+    values["mismatch_error"] = max(float(one["error"] or 0) for one in simulated)
+    curves: Curves = {"kl": list(MISMATCHES)}
+    for key in ("positive", "negative", "positive_predicted", "negative_predicted"):
+        curves[key] = [float(one[key] or 0) for one in simulated]
+    return values, curves
+
+
+@torch.no_grad()
+def to_fp8(weight: Tensor) -> Tensor:
+    """[out, in] rounded to FP8 e4m3 with one scale a row, in its own dtype."""
+    scale = weight.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / _FP8_MAX
+    return ((weight.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(weight.dtype)
+
+
+def _rounded(tensors: Iterator[NamedTensor]) -> list[NamedTensor]:
+    return [
+        NamedTensor(t.name, t.tensor if t.tensor.dim() < 2 or t.name.endswith(_KEPT_IN_FP8) else to_fp8(t.tensor))
+        for t in tensors
+    ]
+
+
+def _sync_rounded(policy: MegatronPolicy, job: Job) -> None:
+    """Hand the policy's weights, rounded to FP8, to the embedded engines. Collective."""
+    engine = job.engine
+    assert not isinstance(engine, SGLangEngine)
+    plan = policy.weights.plan(job.feeding.feeds, dtype=job.feeding.dtype, bucket_bytes=job.feeding.bucket_bytes)
+    if engine is not None:
+        engine.begin_update(engine.version + 1)
+    for bucket in policy.export(plan):
+        if engine is not None:
+            engine.update(_rounded(iter(bucket)))  # type: ignore[arg-type]
+    if engine is not None:
+        assert engine.end_update(policy.export)

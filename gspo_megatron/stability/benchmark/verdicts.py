@@ -1,0 +1,117 @@
+"""From results to verdicts, by the rules that were written before the runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gspo_megatron.stability.benchmark.cells import Plan
+from gspo_megatron.stability.benchmark.results import Result, number
+from gspo_megatron.stability.benchmark.spec import Claim, Settings, Spec
+from gspo_megatron.stability.benchmark.statistics import Estimate, mean_interval, sign_flip_p, slope, smallest_p
+
+SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the results say of a claim."""
+
+    experiment: str
+    claim: Claim
+    by_seed: Mapping[int, float]  # the claim's value
+    planned_seeds: int
+    estimate: Estimate | None  # in the claim's own unit; of a ratio the geometric mean
+    p: float | None  # ratio, difference: exact paired sign-flip test against no difference
+    verdict: str
+    notes: tuple[str, ...] = field(default=())
+
+
+def judge(spec: Spec, plan: Plan, results: Mapping[str, Result]) -> list[Verdict]:
+    """The verdict of every claim; `results` holds the cells that are done."""
+    return [
+        _judge_claim(experiment.name, claim, plan, results, experiment.seeds)
+        for experiment in spec.experiments
+        for claim in experiment.claims
+    ]
+
+
+def decide(estimate: Estimate, low: float, high: float) -> str:
+    """Supported: the interval lies in [low, high]. Contradicted: it lies outside. Else undecided."""
+    if low <= estimate.low and estimate.high <= high:
+        return SUPPORTED
+    if estimate.high < low or estimate.low > high:
+        return CONTRADICTED
+    return UNDECIDED
+
+
+def _judge_claim(
+    experiment: str, claim: Claim, plan: Plan, results: Mapping[str, Result], seeds: tuple[int, ...]
+) -> Verdict:
+    notes: list[str] = []
+    by_seed: dict[int, float] = {}
+    for seed in seeds:
+        value = _value(experiment, claim, plan, results, seed, notes)
+        if value is not None:
+            by_seed[seed] = value
+    if not by_seed:
+        reason = "no seed has the results that this needs"
+        return Verdict(experiment, claim, {}, len(seeds), None, None, UNDECIDED, (*dict.fromkeys(notes), reason))
+    is_log = claim.kind == "ratio"
+    inner = [math.log(v) if is_log else v for v in by_seed.values()]
+    estimate = mean_interval(inner)
+    p = sign_flip_p(inner) if claim.kind in ("ratio", "difference") else None
+    if is_log:
+        estimate = Estimate(_exp(estimate.mean), _exp(estimate.low), _exp(estimate.high), estimate.num_seeds)
+    if len(by_seed) < len(seeds):
+        notes.append(f"{len(by_seed)} of {len(seeds)} seeds")
+    if len(by_seed) == 1:
+        notes.append("one seed has no interval")
+    if p is not None and smallest_p(len(by_seed)) > 0.05:
+        notes.append(f"{len(by_seed)} paired seeds can't give p below {smallest_p(len(by_seed)):.3g}")
+    verdict = decide(estimate, claim.low, claim.high)
+    return Verdict(experiment, claim, by_seed, len(seeds), estimate, p, verdict, tuple(dict.fromkeys(notes)))
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def _value(
+    experiment: str, claim: Claim, plan: Plan, results: Mapping[str, Result], seed: int, notes: list[str]
+) -> float | None:
+    """The claim's value for one seed; None where something is missing, with a note."""
+
+    def numbers(selector: Settings) -> dict[float | None, float] | None:
+        found: dict[float | None, float] = {}
+        for placed in plan.find(experiment, {**selector, "seed": seed}):
+            result = results.get(placed.cell.id)
+            value = math.nan if result is None else number(result, claim.metric, claim.reduce)
+            if not math.isfinite(value):
+                what = "has no result" if result is None else f"has no {claim.metric} ({claim.reduce or 'value'})"
+                notes.append(f"{placed.cell.title} {what}")
+                return None
+            if claim.kind in ("ratio", "slope") and value < claim.floor:
+                notes.append(f"{placed.cell.title}: {claim.metric} {value:.3g} counted as {claim.floor:g}")
+                value = claim.floor
+            found[placed.labels.get(claim.over) if claim.over else None] = value
+        return found or None
+
+    of = numbers(claim.of)
+    against = numbers(claim.against) if claim.against else {}
+    if of is None or against is None:
+        return None
+    if claim.kind == "slope":
+        if len(of) < 2 or min(of.values()) <= 0:
+            notes.append(f"seed {seed}: a slope needs two positive values")
+            return None
+        return slope([math.log(float(x)) for x in of if x is not None], [math.log(y) for y in of.values()])
+    if claim.kind == "value":
+        return of[None]
+    if claim.kind == "difference":
+        return of[None] - against[None]
+    if of[None] <= 0 or against[None] <= 0:
+        notes.append(f"seed {seed}: a ratio needs positive values, not {of[None]:.3g} and {against[None]:.3g}")
+        return None
+    return of[None] / against[None]

@@ -1,0 +1,93 @@
+"""Verdicts by the pre-written rules, on results made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gspo_megatron.stability.benchmark.cells import Plan
+from gspo_megatron.stability.benchmark.report import write_report
+from gspo_megatron.stability.benchmark.results import Result
+from gspo_megatron.stability.benchmark.spec import Spec
+from gspo_megatron.stability.benchmark.verdicts import Verdict, judge
+from tests.unit.stability.benchmark.benchmark_setup import read_json, result, write_root
+
+
+def results(plan: Plan, gspo: list[float], grpo: list[float], doubled: list[float]) -> dict[str, Result]:
+    """Clip fractions by seed of the three kinds of runs."""
+    found = {}
+    for i, seed in enumerate((11, 12)):
+        for arm, mini_batches, values in (("gspo", 4, gspo), ("grpo", 4, grpo), ("gspo", 8, doubled)):
+            selector = {"arm": arm, "algorithm.mini_batches": mini_batches, "seed": seed}
+            for name in plan.experiments:
+                for placed in plan.find(name, selector):
+                    found[placed.cell.id] = result(clip_fraction_token=[values[i]] * 3, time_step_s=[1.0] * 3)
+    return found
+
+
+def verdicts(root: Path, *values: list[float]) -> tuple[Spec, Plan, dict[str, Verdict]]:
+    spec, plan = write_root(root)
+    return spec, plan, {v.claim.name: v for v in judge(spec, plan, results(plan, *values))}
+
+
+def test_supported(tmp_path: Path) -> None:
+    _, _, found = verdicts(tmp_path, [0.20, 0.21], [0.01, 0.0105], [0.40, 0.42])
+    gap = found["gap"]
+    assert gap.verdict == "supported" and gap.by_seed == pytest.approx({11: 20.0, 12: 20.0})
+    assert gap.p == 0.5 and any("can't give p below 0.5" in note for note in gap.notes)
+    assert found["slope"].verdict == "supported" and found["slope"].by_seed == pytest.approx({11: 1.0, 12: 1.0})
+
+
+def test_a_contrary_result_is_contradicted(tmp_path: Path) -> None:
+    _, _, found = verdicts(tmp_path, [0.01, 0.0101], [0.20, 0.20], [0.0025, 0.0026])
+    assert found["gap"].verdict == "contradicted" and found["slope"].verdict == "contradicted"
+
+
+def test_a_null_result_is_undecided(tmp_path: Path) -> None:
+    _, _, found = verdicts(tmp_path, [0.5, 0.005], [0.01, 0.01], [0.5, 0.005])
+    assert found["gap"].verdict == "undecided", "50 times and half as much"
+    assert found["gap"].estimate is not None
+    assert found["gap"].estimate.mean == pytest.approx(5.0), "the geometric mean"
+
+
+def test_zero_counts_as_the_floor_and_is_said(tmp_path: Path) -> None:
+    _, _, found = verdicts(tmp_path, [0.2, 0.2], [0.0, 0.0], [0.4, 0.4])
+    assert found["gap"].by_seed == pytest.approx({11: 2e4, 12: 2e4})
+    assert any("counted as 1e-05" in note for note in found["gap"].notes)
+
+
+def test_a_missing_seed_is_named_and_one_seed_decides_nothing(tmp_path: Path) -> None:
+    spec, plan = write_root(tmp_path)
+    found = results(plan, [0.2, 0.2], [0.01, 0.01], [0.4, 0.4])
+    for placed in plan.find("first", {"arm": "grpo", "seed": 12}):
+        del found[placed.cell.id]
+    gap = judge(spec, plan, found)[0]
+    assert gap.verdict == "undecided" and list(gap.by_seed) == [11]
+    assert "1 of 2 seeds" in gap.notes and any("has no result" in note for note in gap.notes)
+
+
+def test_no_results_are_no_verdict(tmp_path: Path) -> None:
+    spec, plan = write_root(tmp_path)
+    assert {v.verdict for v in judge(spec, plan, {})} == {"undecided"}
+    assert all(v.estimate is None for v in judge(spec, plan, {}))
+
+
+def test_the_report_states_verdicts_rules_and_what_is_missing(tmp_path: Path) -> None:
+    spec, plan, _ = verdicts(tmp_path, [0.01, 0.0101], [0.20, 0.20], [0.02, 0.02])
+    found = results(plan, [0.01, 0.0101], [0.20, 0.20], [0.02, 0.02])
+    lost = plan.find("second", {"algorithm.mini_batches": 8, "seed": 12})[0].cell
+    broken = plan.find("second", {"algorithm.mini_batches": 8, "seed": 11})[0].cell
+    del found[lost.id], found[broken.id]
+    failures = {broken.id: {"reason": "exit code 1", "log": ["a", "error: it is broken"]}}
+    paths, _ = write_report(spec, plan, found, failures, {"processor": "a <fast> one"}, tmp_path / "report")
+    page, png, text, data = paths
+    assert png.read_bytes().startswith(b"\x89PNG")
+    for content in (page.read_text(), text.read_text()):
+        assert "contradicted" in content and "at or above 10" in content
+        assert "exit code 1" in content and "it is broken" in content and lost.title in content
+        assert "can&#x27;t give a p below 0.5" in content or "can't give a p below 0.5" in content
+    assert "&lt;fast&gt;" in page.read_text() and "http" not in page.read_text(), "self-contained"
+    claims = {c["name"]: c for c in read_json(data)["claims"]}
+    assert claims["gap"]["verdict"] == "contradicted" and claims["slope"]["verdict"] == "undecided"
+    assert claims["gap"]["mean"] == pytest.approx(0.0502, abs=1e-3)
