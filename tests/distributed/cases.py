@@ -260,8 +260,8 @@ def optimizer_step(
     """The trainer's own `learn` on a fixed batch; gradients, loss, log s and weights after the step.
 
     `settings` holds further fields of the sections model, optimizer, memory and kernels. `sabotage` takes one
-    normalisation out: "data" or "micro_batch" (N counts what is local only), "n" (no N at all), "context" (sums over a
-    rank's own tokens), "megatron" (Megatron's own averaging is left on).
+    normalisation out: "data" or "micro_batch" (N counts what is local only), "tokens" (the count of tokens does),
+    "n" (no N at all), "context" (sums over a rank's own tokens), "megatron" (Megatron's own averaging is left on).
     """
     from dataclasses import replace
 
@@ -309,6 +309,10 @@ def optimizer_step(
             )(lp, h, micro)
         )
 
+    if sabotage == "tokens":
+        trainer.loss = lambda batch: loss(  # type: ignore[method-assign]
+            replace(batch, num_global_tokens=sum(m.response_tokens.numel() for m in batch.micro_batches))
+        )
     if sabotage == "n":
         trainer.loss = lambda batch: loss(replace(batch, num_global_sequences=1))  # type: ignore[method-assign]
     if sabotage == "context":

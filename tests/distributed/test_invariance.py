@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from gspo_megatron import algorithms
 from gspo_megatron.parallel import ParallelLayout
 from tests.distributed import tiny_models
 from tests.distributed.cases import BRANCHES, EDGE_BRANCHES
@@ -115,6 +116,10 @@ MEAN_ADVANTAGE = min(sum(abs(a) for _, a in batch) / len(batch) for batch in (BR
 
 def name_of(layout: dict[str, int]) -> str:
     return ParallelLayout(**layout).describe()
+
+
+def test_every_registered_algorithm_takes_a_step_here() -> None:
+    assert {settings["name"] for settings in (ALGORITHMS | ARMS).values()} == set(algorithms.ALGORITHMS)
 
 
 @pytest.fixture(scope="module")
@@ -340,23 +345,28 @@ def test_ranks_and_micro_batches_without_response_tokens(
 
 
 @pytest.mark.parametrize(
-    ("sabotage", "layout", "budget"),
+    ("sabotage", "algorithm", "layout", "budget"),
     [
-        ("data", {"data": 2}, BUDGETS[0]),
-        ("micro_batch", {}, BUDGETS[1]),
-        ("n", {}, BUDGETS[0]),
-        ("context", {"context": 2}, BUDGETS[0]),
-        ("megatron", {"data": 2}, BUDGETS[0]),
-        ("megatron", {"context": 2}, BUDGETS[0]),
-        ("megatron", {}, BUDGETS[1]),
+        ("data", "gspo", {"data": 2}, BUDGETS[0]),
+        ("micro_batch", "gspo", {}, BUDGETS[1]),
+        ("n", "gspo", {}, BUDGETS[0]),
+        ("context", "gspo", {"context": 2}, BUDGETS[0]),
+        ("tokens", "cispo", {"data": 2}, BUDGETS[0]),
+        ("context", "gmpo", {"context": 2}, BUDGETS[0]),
+        ("context", "luspo", {"context": 2}, BUDGETS[0]),
+        ("context", "dropping", {"context": 2}, BUDGETS[0]),
+        ("megatron", "gspo", {"data": 2}, BUDGETS[0]),
+        ("megatron", "gspo", {"context": 2}, BUDGETS[0]),
+        ("megatron", "gspo", {}, BUDGETS[1]),
     ],
 )
 def test_taking_out_a_normalisation_is_noticed(
     sabotage: str,
+    algorithm: str,
     layout: dict[str, int],
     budget: int,
     step: Callable[..., dict[str, Any]],
     reference: Callable[..., dict[str, Any]],
 ) -> None:
-    error = differences(step(layout, "gspo", budget, sabotage=sabotage), reference("gspo"))
+    error = differences(step(layout, algorithm, budget, sabotage=sabotage), reference(algorithm))
     assert error["gradient"] > 0.1
