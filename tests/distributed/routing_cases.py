@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from gspo_megatron.config import MemoryConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.data.exchange import distribute
 from gspo_megatron.errors import CauseError
+from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.policy import routing as routing_module
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.policy.router import Router, RouterInputs
@@ -129,14 +130,22 @@ def with_routes(sequences: list[Sequence], routes: dict[int, tuple[Tensor, Tenso
 
 
 def replay(
-    layout: dict[str, int],
+    layout: dict[str, int], modes: dict[str, dict[int, tuple[Tensor, Tensor]] | None], **settings: Any
+) -> dict[str, dict[str, Any]]:
+    """`replay_mode` for each of the modes, with the routes that the engine returns."""
+    groups = cases.join(layout)
+    return {mode: replay_mode(groups, mode=mode, routes=routes, **settings) for mode, routes in modes.items()}
+
+
+def replay_mode(
+    groups: ProcessGroups,
     folder: str,
     perturbed: str,
     lengths: list[int],
     vocab: int,
     token_budget: int,
     mode: str,
-    routes: dict[int, tuple[Tensor, Tensor]] | None = None,
+    routes: dict[int, tuple[Tensor, Tensor]] | None,
     recompute: str = "none",
     mini_batches: int = 2,
     sabotage: str = "",
@@ -147,7 +156,6 @@ def replay(
     The weights of `folder` are those of the old policy, or of the engine; those of `perturbed` train. Log-probabilities
     and gradients of the training passes, summed over optimizer steps that change no weight.
     """
-    groups = cases.join(layout)
     policy = MegatronPolicy(
         ModelConfig(path=folder, routing_replay=mode),  # type: ignore[arg-type]
         OptimizerConfig(),

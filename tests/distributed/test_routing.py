@@ -131,17 +131,22 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Known:
     return get
 
 
-def train(of_family: Truth, ranks: Ranks, layout: dict[str, int], mode: str, **more: Any) -> list[dict[str, Any]]:
-    return ranks(ParallelLayout(**layout).world_size).run(
+def train(
+    of_family: Truth, ranks: Ranks, layout: dict[str, int], *modes: str, routes: Routes | None = None, **more: Any
+) -> list[list[dict[str, Any]]]:
+    """[mode][rank] what came of it; `routes` are those of the engine."""
+    results = ranks(ParallelLayout(**layout).world_size).run(
         "tests.distributed.routing_cases:replay",
         layout=layout,
+        modes={mode: (routes or of_family.engine_routes()) if mode == "r3" else None for mode in modes},
         folder=str(of_family.folder),
         perturbed=str(of_family.perturbed),
         lengths=LENGTHS,
         vocab=family_models.VOCAB,
-        mode=mode,
-        **{"token_budget": BUDGET, "routes": of_family.engine_routes() if mode == "r3" else None} | more,
+        token_budget=BUDGET,
+        **more,
     )
+    return [[result[mode] for result in results] for mode in modes]
 
 
 def differing_sets(parts: list[Tensor], expected: dict[int, Tensor], *, times: int = 1) -> float:
@@ -190,15 +195,14 @@ def check(results: list[dict[str, Any]], expected: dict[str, Any], mode: str, *,
         assert result["replayed"] == pytest.approx(expected["fractions"], rel=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["r2", "r3"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
-def test_training_takes_the_replayed_experts(layout: dict[str, int], mode: str, truth: Known, ranks: Ranks) -> None:
+def test_training_takes_the_replayed_experts(layout: dict[str, int], truth: Known, ranks: Ranks) -> None:
     model = truth("qwen3_moe")
-    results = train(model, ranks, layout, mode)
-    assert results[0]["num_micro_batches"] > 2
-    check(results, truth("qwen3_moe", mode), mode)
-    if mode == "r2":
-        check_recorded([r["recorded"] for r in results], model.chosen, model.logits)
+    r2, r3 = train(model, ranks, layout, "r2", "r3")
+    assert r2[0]["num_micro_batches"] > 2
+    check(r2, truth("qwen3_moe", "r2"), "r2")
+    check(r3, truth("qwen3_moe", "r3"), "r3")
+    check_recorded([r["recorded"] for r in r2], model.chosen, model.logits)
 
 
 @pytest.mark.parametrize("recompute", ["full", "moe", "selective"])
@@ -214,21 +218,21 @@ def test_layers_computed_again_take_them_too(
     layout: dict[str, int], mode: str, recompute: str, truth: Known, ranks: Ranks
 ) -> None:
     """Several micro-batches are in flight."""
-    results = train(truth("qwen3_moe"), ranks, layout, mode, recompute=recompute)
+    [results] = train(truth("qwen3_moe"), ranks, layout, mode, recompute=recompute)
     check(results, truth("qwen3_moe", mode), mode, times=1 if recompute == "selective" else 2)
 
 
-@pytest.mark.parametrize("mode", ["r2", "r3"])
 @pytest.mark.parametrize("family", [f for f in family_models.CONFIGS if f not in ("qwen3", "qwen3_moe")])
-def test_every_family(family: str, mode: str, truth: Known, ranks: Ranks) -> None:
+def test_every_family(family: str, truth: Known, ranks: Ranks) -> None:
     """Softmax before and after the choice, sigmoids with a selection bias that is no part of the gates, groups."""
-    check(train(truth(family), ranks, {}, mode), truth(family, mode), mode)
+    for mode, results in zip(("r2", "r3"), train(truth(family), ranks, {}, "r2", "r3"), strict=True):
+        check(results, truth(family, mode), mode)
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2, "data": 2, "expert": 2}], ids=name_of)
 def test_without_replay_the_routers_choose(layout: dict[str, int], truth: Known, ranks: Ranks) -> None:
     model, replayed = truth("qwen3_moe"), truth("qwen3_moe", "r2")
-    results = train(model, ranks, layout, "off")
+    [results] = train(model, ranks, layout, "off")
     assert results[0]["replayed"] == [None, None]
     assert differing_sets([r["taken"] for r in results], replayed["taken"]) >= 0.05
     assert largest_gap(results, replayed["logprobs"]) > 1e-2
@@ -236,22 +240,20 @@ def test_without_replay_the_routers_choose(layout: dict[str, int], truth: Known,
     check_recorded([r["after"] for r in results], *model.own_choice())
 
 
-@pytest.mark.parametrize("mode", ["r2", "r3"])
-def test_replay_without_effect_ends_the_run(mode: str, truth: Known, ranks: Ranks) -> None:
-    [result] = train(truth("qwen3_moe"), ranks, {}, mode, sabotage="ignored")
-    assert (
-        f'model.routing_replay="{mode}" has no effect' in result["error"]
-        and 'use routing_replay="off"' in result["error"]
-    )
+def test_replay_without_effect_ends_the_run(truth: Known, ranks: Ranks) -> None:
+    modes = ("r2", "r3")
+    for mode, [result] in zip(modes, train(truth("qwen3_moe"), ranks, {}, *modes, sabotage="ignored"), strict=True):
+        assert f'model.routing_replay="{mode}" has no effect' in result["error"]
+        assert 'use routing_replay="off"' in result["error"]
 
 
 def test_a_batch_without_any_route_ends_the_run(truth: Known, ranks: Ranks) -> None:
     model = truth("qwen3_moe")
     routes = {index: (experts, valid & False) for index, (experts, valid) in model.engine_routes().items()}
-    [result] = train(model, ranks, {}, "r3", routes=routes)
+    [[result]] = train(model, ranks, {}, "r3", routes=routes)
     assert result["error"] == 'model.routing_replay="r3" has nothing to replay: no token of the rollouts has a route'
 
 
 def test_only_the_first_steps_are_checked(truth: Known, ranks: Ranks) -> None:
-    [result] = train(truth("qwen3_moe"), ranks, {}, "r2", sabotage="ignored", checked_steps=0)
+    [[result]] = train(truth("qwen3_moe"), ranks, {}, "r2", sabotage="ignored", checked_steps=0)
     assert result["error"] == "" and result["replayed"] == [1, 1]

@@ -246,6 +246,15 @@ def _routes(encoded: str | None, in_prompt: int, answer: _Answer, fields: ModelF
     return torch.from_numpy(routes.astype(np.int16)), torch.from_numpy(valid)
 
 
+def check_routes(url: str, server_info: Mapping[str, Any]) -> None:
+    """Raise UserError for a server that says of itself that it returns no experts; every request would fail."""
+    if not server_info.get("enable_return_routed_experts", True):
+        raise UserError(
+            f"{url} returns no experts, which rollout.routed_experts or model.routing_replay asks for; start it with "
+            "--enable-return-routed-experts"
+        )
+
+
 def check_sampling(
     stop_token_ids: Sequence[int],
     *,

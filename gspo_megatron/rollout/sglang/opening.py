@@ -23,7 +23,7 @@ from gspo_megatron.rollout.sglang.address import ServerAddress, ServerError, not
 from gspo_megatron.rollout.sglang.api_key import find_api_key
 from gspo_megatron.rollout.sglang.command import first_server_gpu, split_arguments
 from gspo_megatron.rollout.sglang.engine import SGLangEngine
-from gspo_megatron.rollout.sglang.generation import MISSING_ROUTES, check_sampling
+from gspo_megatron.rollout.sglang.generation import check_routes, check_sampling
 from gspo_megatron.rollout.sglang.manager import ServerManager
 from gspo_megatron.rollout.sglang.pool import ServerPool
 from gspo_megatron.rollout.sglang.served_model import ServedModel, check_same_model, read_served_model
@@ -156,10 +156,8 @@ def _look_at_servers(
         assert isinstance(model, dict) and isinstance(info, dict)
         served.append(read_served_model(client.address, model, info))
         _check_sampling(config, model, info, stop_token_ids)
-        if config.sglang.routed_experts and not info.get("enable_return_routed_experts", True):
-            raise UserError(
-                f"{client.address.url}: {MISSING_ROUTES}, or set sglang.routed_experts to false and ask for no routes"
-            )
+        if config.sglang.routed_experts:
+            check_routes(client.address.url, info)
     for one, model, ranks in zip(served, models, pool.on_all(lambda c: c.checksums([])), strict=True):
         assert isinstance(model, dict)
         if isinstance(ranks, ServerError):

@@ -14,7 +14,7 @@ from fake_sglang_server import STOP, VOCAB, answer, logprob
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.rollout.engine import SamplingParams
-from gspo_megatron.rollout.sglang.generation import BadAnswer, check_sampling, request_of, rollouts_of
+from gspo_megatron.rollout.sglang.generation import BadAnswer, check_routes, check_sampling, request_of, rollouts_of
 from gspo_megatron.types import Prompt
 from gspo_megatron.weights.families.base import ModelFields
 
@@ -307,3 +307,10 @@ def test_what_cuts_prompts_or_changes_log_probs_is_refused() -> None:
         check_sampling(PARAMS.stop_token_ids, environment={"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"})
     with pytest.raises(UserError, match="not JSON"):
         check_sampling(PARAMS.stop_token_ids, arguments=["--preferred-sampling-params", "{top_p"])
+
+
+def test_a_server_without_routes_is_refused_where_they_are_asked_for() -> None:
+    with pytest.raises(UserError, match=r"http://a:1 returns no experts.*start it with --enable-return-routed-experts"):
+        check_routes("http://a:1", {"enable_return_routed_experts": False})
+    check_routes("http://a:1", {"enable_return_routed_experts": True})
+    check_routes("http://a:1", {})  # of a version that does not say
