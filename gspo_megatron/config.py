@@ -649,9 +649,10 @@ class SftConfig:
 class MeasureSettings:
     """What `measure` measures of a policy; it does not train for the task's sake."""
 
-    what: Literal["lengths", "precision"] = "lengths"
-    """lengths: how ratios spread with the response's length, after an update and under rounded weights; precision: what
-    inexact old log-probabilities do to the clip."""
+    what: Literal["lengths", "flips", "precision"] = "lengths"
+    """lengths: how ratios spread with the response's length, after an update and under rounded weights; flips: what
+    experts chosen at random do to ratios, at fixed weights; precision: what inexact old log-probabilities do to the
+    clip."""
     prompts: int = 128
     """Held-out prompts, each with one response."""
     response_tokens: int = 512

@@ -3,6 +3,7 @@ routes and lost precision do to them. One file of plain numbers comes of it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -21,16 +22,26 @@ from gspo_megatron.job import Job, open_job
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.rollout.engine import SamplingParams
 from gspo_megatron.rollout.sglang.engine import SGLangEngine
-from gspo_megatron.stability.benchmark.measurements import Curves, Values, clip_by_sign, length_scaling, prefixed
+from gspo_megatron.stability.benchmark.measurements import (
+    Curves,
+    Values,
+    clip_by_sign,
+    length_scaling,
+    prefixed,
+    ratio_change,
+)
 from gspo_megatron.step_metrics import observed_loss
 from gspo_megatron.types import Group, NamedTensor, StepBatch
 from gspo_megatron.types import Sequence as TrainSequence
 from gspo_megatron.weight_sync import generate, sync_weights
+from gspo_megatron.weights.families import load_fields
 
 FILE = "measurement.json"
 
 # Precision: simulated mismatch of the central warning's table (nats a token), and plain shifts of log-probabilities.
 MISMATCHES = (3e-5, 1e-4, 3e-4, 7.5e-4, 1.5e-3)
+FLIPS = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the (token, layer) expert sets
+FLIPS_OF_PRECISION = (0.01, 0.1)
 NOISES = (0.01, 0.03)  # standard deviation of a token's log-probability
 BIASES = (2e-4, 5e-4, 1e-3)
 
@@ -45,7 +56,7 @@ def run(config: MeasureConfig) -> None:
     with open_job(config) as job:
         algorithm = algorithms.build(config.algorithm, config.kernels.implementation)
         policy = MegatronPolicy(
-            config.model,
+            dataclasses.replace(config.model, routing_replay="r3") if _forces_routes(config) else config.model,
             config.optimizer,
             job.groups,
             seed=config.run.seed,
@@ -55,7 +66,7 @@ def run(config: MeasureConfig) -> None:
             kernels=config.kernels,
         )
         sync_weights(policy, job, version=0)
-        measurements = {"lengths": lengths, "precision": precision}
+        measurements = {"lengths": lengths, "flips": flips, "precision": precision}
         values, curves = measurements[config.measure.what](policy, job, config)
         if job.groups.rank == 0:
             _write(Path(config.run.folder), values, curves)
@@ -72,6 +83,14 @@ def _check(config: MeasureConfig) -> None:
             f'rollout.engine="{config.rollout.engine}" does not take the rounded weights that measure gives it; set '
             '"embedded"'
         )
+
+
+def _forces_routes(config: MeasureConfig) -> bool:
+    """Whether experts are chosen for the routers: by the replay of the engine's routes, which are made up here."""
+    fields = load_fields(config.model.path)[1]
+    if config.measure.what == "flips" and not fields.moe_layers:
+        raise UserError(f'model.path={config.model.path} has no MoE layer, and measure.what="flips" nothing to flip')
+    return bool(fields.moe_layers) and config.measure.what != "lengths"
 
 
 def _write(folder: Path, values: Values, curves: Curves) -> None:
@@ -117,12 +136,13 @@ def _sequence(index: int, group: Group) -> TrainSequence:
     return TrainSequence(index, rollout.token_ids, rollout.response_mask, rollout.rollout_logprobs, torch.zeros(()))
 
 
-def logprobs(policy: MegatronPolicy, job: Job, batches: list[StepBatch]) -> _Ratios:
+def logprobs(policy: MegatronPolicy, job: Job, batches: list[StepBatch], *, forced: bool = False) -> _Ratios:
     """[S, T] log-probabilities of the responses' tokens, the engine's and the policy's present ones, on every rank.
 
-    Collective.
+    Collective. `forced`: the experts are those of the micro-batches' routes; else the routers choose, and their choice
+    is recorded where the policy can force one.
     """
-    policy.fill_old_logprobs(batches)
+    policy.fill_old_logprobs(batches, record_routes=policy.routing.mode == "r3", replay=forced)
     mine: dict[int, tuple[list[float], list[float]]] = {}
     if job.groups.reports_loss:
         for micro in (m for batch in batches for m in batch.micro_batches):
@@ -179,6 +199,51 @@ def lengths(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[Va
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Flipped routes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flips(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[Values, Curves]:
+    """Ratios between the policy with a share of its routes flipped at random and the same policy, same weights."""
+    batches = sample(job, config)
+    _, own = logprobs(policy, job, batches)
+    values: Values = {}
+    curves: Curves = {"share": list(FLIPS)}
+    for share in FLIPS:
+        flip_routes(policy, batches, share, seed=config.run.seed)
+        d = logprobs(policy, job, batches, forced=True)[1] - own
+        change = ratio_change(d)
+        change["rms_ratio"] = float(change["sequence_rms"] or 0) / max(float(change["token_rms"] or 0), 1e-30)
+        change["slope_std_log_s"] = length_scaling(d)[0]["slope_std_log_s"]
+        values |= prefixed(f"flip_{share:g}", change)
+        for key in ("token_rms", "sequence_rms", "weight_rms", "token_outside", "sequence_outside_wide"):
+            curves.setdefault(key, []).append(float(change[key] or 0))
+    return values, curves
+
+
+def flip_routes(policy: MegatronPolicy, batches: list[StepBatch], share: float, *, seed: int) -> None:
+    """Give the micro-batches the recorded routes, but with one expert replaced by another in `share` of the (token,
+    layer) pairs."""
+    num_experts = policy.fields.num_experts
+    assert num_experts is not None
+    generator = torch.Generator().manual_seed(seed * policy.groups.layout.world_size + policy.groups.rank)
+    for micro in (m for batch in batches for m in batch.micro_batches):
+        assert micro.recorded is not None
+        micro.routes = flip_experts(micro.recorded.experts.cpu(), share, num_experts, generator).to(policy.device)
+        micro.routes_valid = micro.recorded.is_real
+
+
+def flip_experts(experts: Tensor, share: float, num_experts: int, generator: torch.Generator) -> Tensor:
+    """[T, layers, k] expert sets, in `share` of the [T, layers] one member replaced by another expert."""
+    rows, layers, k = experts.shape
+    drawn = torch.rand(rows, layers, num_experts, generator=generator).scatter(-1, experts.long(), -1.0)
+    place = torch.randint(k, (rows, layers, 1), generator=generator)
+    other = experts.scatter(-1, place, drawn.argmax(-1, keepdim=True).to(experts.dtype))
+    is_flipped = torch.rand(rows, layers, 1, generator=generator) < share
+    return torch.where(is_flipped, other, experts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Precision
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -187,17 +252,23 @@ def precision(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[
     """What GSPO's clip would do if the old log-probabilities were another's than the trainer's own.
 
     `engine`: the embedded engine's, with the same weights. `fp8`: sampled by an engine whose linear layers are rounded
-    to FP8 (e4m3, one scale a row). `bf16`: the trainer's, rounded to bfloat16. `noise_σ`, `bias_b`: the trainer's plus
+    to FP8 (e4m3, one scale a row). `flip_x`: the trainer takes other experts than the engine at a share x of routes.
+    `bf16`: the trainer's, rounded to bfloat16. `noise_σ`, `bias_b`: the trainer's plus
     normal noise, or plus a constant: no mismatch that sampling could have, as the mean of the ratio is not 1.
     `mismatch_K`: normal log-ratios of mean −K and variance 2K, as a mismatch of K nats a token has.
     """
-    engine, exact = logprobs(policy, job, sample(job, config))
+    batches = sample(job, config)
+    engine, exact = logprobs(policy, job, batches)
+    flipped = {}
+    for share in FLIPS_OF_PRECISION if policy.routing.mode == "r3" else ():
+        flip_routes(policy, batches, share, seed=config.run.seed)
+        flipped[f"flip_{share:g}"] = logprobs(policy, job, batches, forced=True)[1] - engine
     _sync_rounded(policy, job)
     rounded = logprobs(policy, job, sample(job, config))
     generator = np.random.default_rng(config.run.seed)
     normal = generator.standard_normal(exact.shape)
     bf16 = torch.from_numpy(exact).bfloat16().double().numpy()
-    ratios = {"engine": exact - engine, "fp8": rounded[1] - rounded[0], "bf16": exact - bf16}
+    ratios = {"engine": exact - engine, "fp8": rounded[1] - rounded[0], "bf16": exact - bf16, **flipped}
     ratios |= {f"noise_{sigma:g}": sigma * normal for sigma in NOISES}
     ratios |= {f"bias_{bias:g}": np.full_like(exact, -bias) for bias in BIASES}
     ratios |= {f"mismatch_{kl:g}": -kl + np.sqrt(2 * kl) * normal for kl in MISMATCHES}

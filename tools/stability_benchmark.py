@@ -44,7 +44,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     source.add_argument("--spec", type=Path, metavar="FILE", help="a file of your own")
     parser.add_argument("--folder", type=Path, help="cells and report; default runs/stability/NAME")
     parser.add_argument("--experiment", action="append", default=[], metavar="NAME", help="this one alone; may repeat")
-    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="cells at once; default: the cores")
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="cells at once; default: [needs] or the cores")
     parser.add_argument("--budget-minutes", type=float, metavar="M", help="start no cell that would end later")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--plan", action="store_true", help="print the cells and their estimated time")
@@ -131,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
     folder = options.folder or Path("runs") / "stability" / spec.name
     benchmark = Benchmark(spec, plan, Workplace(folder.resolve(), ROOT))
     only = benchmark.chosen(options.experiment)
-    slots = options.jobs or max(1, (os.cpu_count() or 1) // int(spec.needs.get("cores_per_cell", 1)))
+    slots = options.jobs or spec.cells_at_once or os.cpu_count() or 1
     if options.plan:
         print_plan(benchmark, only, slots)
         return DONE

@@ -130,7 +130,8 @@ class Spec:
 
     name: str
     title: str
-    needs: Mapping[str, Any]  # machine, gpus, hours, model: in words and numbers
+    needs: Mapping[str, Any]  # machine, gpus, hours, model: in words and numbers; options of SLURM
+    cells_at_once: int  # 0: as many as the machine has cores
     budget_minutes: float  # 0: none
     train_base: str  # TOML file that every training run starts from
     sft_base: str  # of the cold start; "": models have weights already
@@ -211,6 +212,7 @@ def read_spec(path: Path, root: Path) -> Spec:
         name=top.take("name", str),
         title=top.take("title", str),
         needs=top.table("needs"),
+        cells_at_once=top.take("cells_at_once", int, 0),
         budget_minutes=float(top.take("budget_minutes", (int, float), 0)),
         train_base=base.take("train", str),
         sft_base=base.take("sft", str, ""),
