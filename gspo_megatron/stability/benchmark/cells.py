@@ -56,12 +56,16 @@ class Plan:
     experiments: dict[str, tuple[Placed, ...]]
 
     def find(self, experiment: str, selector: Settings) -> list[Placed]:
-        """The experiment's cells whose labels equal the selector's."""
+        """The experiment's cells whose labels equal the selector's, or are among them where it gives a list."""
         return [
             placed
             for placed in self.experiments[experiment]
-            if all(placed.labels.get(key) == value for key, value in selector.items())
+            if all(_matches(placed.labels.get(key), value) for key, value in selector.items())
         ]
+
+
+def _matches(label: Any, wanted: Any) -> bool:
+    return label in wanted if isinstance(wanted, list) else label == wanted
 
 
 def make_plan(spec: Spec, root: Path) -> Plan:

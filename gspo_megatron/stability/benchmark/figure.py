@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,15 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import NullFormatter
 
 from gspo_megatron.stability.benchmark.cells import Placed, Plan
+from gspo_megatron.stability.benchmark.page import level
 from gspo_megatron.stability.benchmark.results import Result, column, number
 from gspo_megatron.stability.benchmark.spec import Experiment, Panel, Spec
 from gspo_megatron.stability.benchmark.statistics import bootstrap_band
 from gspo_megatron.stability.figure import DARK, LIGHT, Theme
 
 COLUMNS = 2
-_STYLES = ("-", "--", ":", "-.")
+_STYLES = ("-", ":", "-.")
+_REFERENCES = ("_predicted", "_independent")  # ends of the names of what measurements are held against
 _TIME_POINTS = 120
 
 
@@ -33,6 +35,7 @@ class Line:
     label: str
     x: np.ndarray  # [points]
     y: np.ndarray  # [seeds, points]; NaN where a seed has no value
+    is_reference: bool = False  # a model's or a control's: dashed
 
 
 def draw(spec: Spec, plan: Plan, results: Mapping[str, Result], *, dark: bool = False) -> bytes:
@@ -77,10 +80,17 @@ def _draw_panel(
     # A colour an arm or metric; where colours run out, dashes go on.
     for i, line in enumerate(lines):
         color = theme.runs[i % len(theme.runs)]
-        style = _STYLES[i // len(theme.runs) % len(_STYLES)]
+        style = "--" if line.is_reference else _STYLES[i // len(theme.runs) % len(_STYLES)]
         _draw_line(ax, line, color=color, style=style, is_log=panel.y_scale == "log")
+    columns = 2 if max(len(line.label) for line in lines) < 45 else 1
     ax.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False, fontsize=9, labelcolor=theme.text
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.15),
+        ncols=columns,
+        handlelength=3,
+        frameon=False,
+        fontsize=9,
+        labelcolor=theme.text,
     )
     if panel.kind in ("factor", "mini_batches", "curve"):
         _label_levels(ax, lines)
@@ -129,7 +139,8 @@ def panel_lines(
 ) -> list[Line]:
     """The panel's curves from the cells that are done: those that differ in their seed alone make one."""
     found = [p for p in plan.find(experiment.name, panel.where) if p.cell.id in results]
-    hidden = {"seed", *panel.where, *([panel.x] if panel.kind == "factor" else [])}
+    fixed = (key for key, value in panel.where.items() if not isinstance(value, list))
+    hidden = {"seed", *fixed, *([panel.x] if panel.kind == "factor" else [])}
     groups: dict[tuple[Any, ...], list[Placed]] = {}
     for placed in found:
         key = tuple((k, v) for k, v in placed.labels.items() if k not in hidden)
@@ -137,22 +148,14 @@ def panel_lines(
     varying = {k for key in groups for k, v in key if any(dict(other).get(k) != v for other in groups)}
     lines = []
     for key, members in groups.items():
-        name = ", ".join(_level(spec, k, v) for k, v in key if k in varying)
+        name = ", ".join(level(spec, k, v) for k, v in key if k in varying)
         for metric in panel.metrics:
             shown = panel.labels.get(metric, metric if len(panel.metrics) > 1 else "")
             label = ", ".join(filter(None, [name, shown])) or metric
             line = _LINES[panel.kind](panel, members, metric, results, label)
             if line is not None and np.isfinite(line.y).any():
-                lines.append(line)
+                lines.append(replace(line, is_reference=metric.endswith(_REFERENCES)))
     return lines
-
-
-def _level(spec: Spec, key: str, value: Any) -> str:
-    if key == "arm":
-        return spec.arms[value].title
-    if key == "model":
-        return spec.models[value].title
-    return f"{key.rpartition('.')[2].replace('_', ' ')} {value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _stack(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -51,11 +51,11 @@ def interval(verdict: Verdict) -> str:
     return f"{figure_of(estimate.mean)} [{figure_of(estimate.low)}, {figure_of(estimate.high)}]"
 
 
-def conditions(verdict: Verdict) -> str:
+def conditions(spec: Spec, verdict: Verdict) -> str:
     """What was compared, over how many seeds, and what a reader must know."""
     claim = verdict.claim
     parts = []
-    of, against = selector(claim.of), selector(claim.against)
+    of, against = selector(spec, claim.of), selector(spec, claim.against)
     if claim.against:
         parts.append(f"{of} against {against}")
     elif claim.of:
@@ -66,9 +66,19 @@ def conditions(verdict: Verdict) -> str:
     return "; ".join([*parts, *verdict.notes])
 
 
-def selector(values: Mapping[str, Any]) -> str:
+def selector(spec: Spec, values: Mapping[str, Any]) -> str:
     """Labels of cells in words."""
-    return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in values.items())
+    return ", ".join(level(spec, key, value) for key, value in values.items())
+
+
+def level(spec: Spec, key: str, value: Any) -> str:
+    """One label in words: an arm's or model's title, a factor with its value."""
+    if key == "arm":
+        return spec.arms[value].title
+    if key == "model":
+        return spec.models[value].title
+    name = key.rpartition(".")[2].replace("_", " ")
+    return f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
 
 
 def seeds_note(seeds: int) -> str:
@@ -91,7 +101,13 @@ def markdown(spec: Spec, verdicts: Sequence[Verdict], facts: Mapping[str, str], 
     lines += ["| claim | paper | measured [95 % interval] | verdict | conditions |", "| --- | --- | --- | --- | --- |"]
     for v in verdicts:
         number = next(e.number for e in spec.experiments if e.name == v.experiment)
-        cells = [f"{number}. {v.claim.text}", v.claim.paper or "–", interval(v), f"**{v.verdict}**", conditions(v)]
+        cells = [
+            f"{number}. {v.claim.text}",
+            v.claim.paper or "–",
+            interval(v),
+            f"**{v.verdict}**",
+            conditions(spec, v),
+        ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += ["", summary(verdicts), "", seeds_note(min(len(e.seeds) for e in spec.experiments)), ""]
     lines += ["## Missing", "", *(f"- {line}" for line in missing or ["Nothing: every cell is done."]), ""]
@@ -182,7 +198,7 @@ def _claims(spec: Spec, verdicts: Sequence[Verdict]) -> str:
             f"<td>{escape(v.claim.paper or '–')}</td>",
             f'<td class="interval">{escape(interval(v))}</td>',
             f"<td>{_verdict(v)}</td>",
-            f'<td class="soft">{escape(conditions(v))}</td>',
+            f'<td class="soft">{escape(conditions(spec, v))}</td>',
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'

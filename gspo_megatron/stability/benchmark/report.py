@@ -93,7 +93,7 @@ def as_data(
                 "interval": None if estimate is None else [plain(estimate.low), plain(estimate.high)],
                 "p": v.p,
                 "verdict": v.verdict,
-                "conditions": page.conditions(v),
+                "conditions": page.conditions(spec, v),
             }
         )
     cells = {

@@ -52,6 +52,24 @@ def mean_interval(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half, x.size)
 
 
+def share_interval(count: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (1927); never of width 0: 0 of 3 may still be 0.56."""
+    z2 = _Z975**2
+    middle = (count + z2 / 2) / (total + z2)
+    half = _Z975 / (total + z2) * math.sqrt(count * (total - count) / total + z2 / 4)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def share_difference(counts: tuple[int, int], total: int) -> Estimate:
+    """Difference of two shares with Newcombe's hybrid score interval (1998, method 10), which takes the two as
+    independent: wider than needed where seeds pair them."""
+    p, q = counts[0] / total, counts[1] / total
+    (p_low, p_high), (q_low, q_high) = (share_interval(count, total) for count in counts)
+    low = p - q - math.hypot(p - p_low, q_high - q)
+    high = p - q + math.hypot(p_high - p, q - q_low)
+    return Estimate(p - q, low, high, total)
+
+
 def sign_flip_p(differences: Sequence[float]) -> float:
     """Two-sided p of the exact paired permutation test: share of the 2^n assignments of signs whose |mean| is at least
     the observed one. At best 2/2^n: 0.25 with 3 seeds, 0.0625 with 5; below 0.05 only from 6 on."""

@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from gspo_megatron.stability.benchmark.cells import Plan
 from gspo_megatron.stability.benchmark.results import Result, number
 from gspo_megatron.stability.benchmark.spec import Claim, Settings, Spec
-from gspo_megatron.stability.benchmark.statistics import Estimate, mean_interval, sign_flip_p, slope, smallest_p
+from gspo_megatron.stability.benchmark.statistics import (
+    Estimate,
+    mean_interval,
+    share_difference,
+    sign_flip_p,
+    slope,
+)
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 
@@ -51,27 +57,35 @@ def _judge_claim(
 ) -> Verdict:
     notes: list[str] = []
     by_seed: dict[int, float] = {}
+    sides: list[tuple[float, float]] = []  # of a difference
     for seed in seeds:
-        value = _value(experiment, claim, plan, results, seed, notes)
+        value = _value(experiment, claim, plan, results, seed, notes, sides)
         if value is not None:
             by_seed[seed] = value
     if not by_seed:
-        reason = "no seed has the results that this needs"
-        return Verdict(experiment, claim, {}, len(seeds), None, None, UNDECIDED, (*dict.fromkeys(notes), reason))
+        return Verdict(experiment, claim, {}, len(seeds), None, None, UNDECIDED, _short(notes))
     is_log = claim.kind == "ratio"
     inner = [math.log(v) if is_log else v for v in by_seed.values()]
     estimate = mean_interval(inner)
     p = sign_flip_p(inner) if claim.kind in ("ratio", "difference") else None
     if is_log:
         estimate = Estimate(_exp(estimate.mean), _exp(estimate.low), _exp(estimate.high), estimate.num_seeds)
-    if len(by_seed) < len(seeds):
-        notes.append(f"{len(by_seed)} of {len(seeds)} seeds")
+    if claim.kind == "difference" and claim.reduce == "collapsed":
+        # Student's interval of equal values has width 0, as if 0 of 3 meant never.
+        counts = (round(sum(a for a, _ in sides)), round(sum(b for _, b in sides)))
+        estimate = share_difference(counts, len(sides))
+        notes.append(f"{counts[0]} against {counts[1]} of {len(sides)}, Newcombe's interval of two shares")
     if len(by_seed) == 1:
         notes.append("one seed has no interval")
-    if p is not None and smallest_p(len(by_seed)) > 0.05:
-        notes.append(f"{len(by_seed)} paired seeds can't give p below {smallest_p(len(by_seed)):.3g}")
     verdict = decide(estimate, claim.low, claim.high)
-    return Verdict(experiment, claim, by_seed, len(seeds), estimate, p, verdict, tuple(dict.fromkeys(notes)))
+    return Verdict(experiment, claim, by_seed, len(seeds), estimate, p, verdict, _short(notes))
+
+
+def _short(notes: list[str], most: int = 2) -> tuple[str, ...]:
+    """The first notes; of more, how many there are."""
+    different = list(dict.fromkeys(notes))
+    rest = len(different) - most
+    return (*different[:most], f"and {rest} more such notes") if rest > 0 else tuple(different)
 
 
 def _exp(x: float) -> float:
@@ -79,9 +93,16 @@ def _exp(x: float) -> float:
 
 
 def _value(
-    experiment: str, claim: Claim, plan: Plan, results: Mapping[str, Result], seed: int, notes: list[str]
+    experiment: str,
+    claim: Claim,
+    plan: Plan,
+    results: Mapping[str, Result],
+    seed: int,
+    notes: list[str],
+    sides: list[tuple[float, float]],
 ) -> float | None:
-    """The claim's value for one seed; None where something is missing, with a note."""
+    """The claim's value for one seed; None where something is missing, with a note. `sides` gets the two of a
+    difference."""
 
     def numbers(selector: Settings) -> dict[float | None, float] | None:
         found: dict[float | None, float] = {}
@@ -110,6 +131,7 @@ def _value(
     if claim.kind == "value":
         return of[None]
     if claim.kind == "difference":
+        sides.append((of[None], against[None]))
         return of[None] - against[None]
     if of[None] <= 0 or against[None] <= 0:
         notes.append(f"seed {seed}: a ratio needs positive values, not {of[None]:.3g} and {against[None]:.3g}")

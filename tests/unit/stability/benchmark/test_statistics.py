@@ -13,6 +13,8 @@ from gspo_megatron.stability.benchmark.results import collapsed, number
 from gspo_megatron.stability.benchmark.statistics import (
     bootstrap_band,
     mean_interval,
+    share_difference,
+    share_interval,
     sign_flip_p,
     slope,
     smallest_p,
@@ -49,6 +51,20 @@ def test_sign_flips_are_counted_exactly() -> None:
     assert sign_flip_p([0.1] * 6) == 2 / 64
     assert sign_flip_p([0.0, 0.0, 0.0]) == 1.0, "no difference is no evidence"
     assert smallest_p(3) == 0.25 and smallest_p(5) > 0.05 > smallest_p(6)
+
+
+def test_intervals_of_shares() -> None:
+    # Wilson's interval of 0 of 3 ends at z²/(3 + z²); of 3 of 3 it begins at 3/(3 + z²).
+    z2 = 1.959964**2
+    assert share_interval(0, 3) == pytest.approx((0.0, z2 / (3 + z2)))
+    assert share_interval(3, 3) == pytest.approx((3 / (3 + z2), 1.0))
+    # 5 of 10 against 1 of 10: the distances of both shares to their own bounds, added as squares.
+    (p_low, p_high), (q_low, q_high) = share_interval(5, 10), share_interval(1, 10)
+    found = share_difference((5, 1), 10)
+    assert found.mean == pytest.approx(0.4)
+    assert found.low == pytest.approx(0.4 - math.sqrt((0.5 - p_low) ** 2 + (q_high - 0.1) ** 2))
+    assert found.high == pytest.approx(0.4 + math.sqrt((p_high - 0.5) ** 2 + (0.1 - q_low) ** 2))
+    assert share_difference((0, 0), 3).high > 0.5, "never in 3 is not never"
 
 
 def test_slope() -> None:

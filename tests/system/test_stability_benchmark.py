@@ -1,0 +1,65 @@
+"""The stability benchmark for real, at its smallest: cells are runs of the project's own commands."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.system
+ROOT = Path(__file__).parents[2]
+
+
+def command(folder: Path, *further: str) -> list[str]:
+    tool = str(ROOT / "tools/stability_benchmark.py")
+    return [sys.executable, tool, "--preset", "smoke", "--folder", str(folder), *further]
+
+
+def claims(folder: Path) -> dict[str, Any]:
+    return {c["name"]: c for c in json.loads((folder / "report" / "report.json").read_text())["claims"]}
+
+
+@pytest.mark.timeout(600)
+def test_a_measurement_follows_its_cold_start(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(tmp_path / "b", "--experiment", "lengths"), cwd=tmp_path, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = claims(tmp_path / "b")
+    assert math.isfinite(found["log_s"]["mean"]) and list(found["log_s"]["by_seed"]) == ["201"]
+    assert found["log_s"]["verdict"] == "undecided", "one seed decides nothing"
+    assert found["gap"]["mean"] is None and found["gap"]["verdict"] == "undecided"
+    [values] = [json.loads(p.read_text())["values"] for p in (tmp_path / "b" / "cells").glob("measure-*/result.json")]
+    assert values["update_slope_std_log_w"] == pytest.approx(values["update_slope_std_log_s"] + 1), "log W is T log s"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_killed_benchmark_goes_on_where_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "b"
+    process = subprocess.Popen(command(folder), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 600
+    while len(list(folder.glob("cells/*/result.json"))) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/result.json")}
+    assert len(before) < 7
+    done = subprocess.run(command(folder), cwd=tmp_path, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what was done is not run again"
+    assert len(list(folder.glob("cells/*/result.json"))) == 7
+    assert f"[{7 - len(before)}/{7 - len(before)}]" in done.stdout
+    found = claims(folder)
+    assert len(found["gap"]["by_seed"]) == 2 and found["gap"]["mean"] > 0
+    page = (folder / "report" / "report.html").read_text()
+    assert "GSPO clips at least 10 times" in page and "Nothing: every cell is done." in page
