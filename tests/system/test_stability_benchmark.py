@@ -58,7 +58,8 @@ def test_a_killed_benchmark_goes_on_where_it_was(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was done is not run again"
     assert len(list(folder.glob("cells/*/result.json"))) == 7
-    assert f"[{7 - len(before)}/{7 - len(before)}]" in done.stdout
+    # A run that had finished just before the kill is taken over, and not run again either.
+    assert 1 <= done.stdout.count("] done in") <= 7 - len(before)
     found = claims(folder)
     assert len(found["gap"]["by_seed"]) == 2 and found["gap"]["mean"] > 0
     page = (folder / "report" / "report.html").read_text()
