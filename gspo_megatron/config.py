@@ -524,9 +524,9 @@ class LogConfig:
 class TelemetryConfig:
     """What is measured of a training run beyond what each rollout batch gives anyway."""
 
-    every: int = 10
-    """Measure what costs extra in every this many rollout batches, from the first: gradient norms by expert;
-    0: never."""
+    every: int = 20
+    """Measure what costs extra in every this many rollout batches, from the first: experts' gradient norms, load and
+    entropy, and by a further forward pass how the updates changed the experts of the batch's tokens; 0: never."""
 
     def __post_init__(self) -> None:
         _require(

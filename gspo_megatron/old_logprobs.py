@@ -35,8 +35,10 @@ class OldLogprobs:
         self._is_open: bool | None = None  # None: not measured yet
         self._recompute_s = 0.0  # the last time
 
-    def fill(self, batches: Sequence[StepBatch], batch: int) -> float | None:
+    def fill(self, batches: Sequence[StepBatch], batch: int, *, record_routes: bool = False) -> float | None:
         """Set old_logprobs of every micro-batch, on the last pipeline stage, for rollout batch `batch`, from 1.
+
+        With `record_routes` they are recomputed, and `recorded` is set too.
 
         Returns:
             The seconds that the engine's log-probabilities saved; None where the trainer's were computed.
@@ -45,14 +47,15 @@ class OldLogprobs:
             UserError: under "rollout", the engine's are too far from the trainer's.
         """
         if self.config.old_logprobs == "recompute":
-            self.policy.fill_old_logprobs(batches)
+            self.policy.fill_old_logprobs(batches, record_routes=record_routes)
             return None
         start = time.perf_counter()
-        if self._is_open and (batch - 1) % self.config.old_logprobs_every != 0:
+        is_due = record_routes or (batch - 1) % self.config.old_logprobs_every == 0
+        if self._is_open and not is_due:
             for micro in (m for b in batches for m in b.micro_batches if self.groups.is_last_stage):
                 micro.old_logprobs = micro.rollout_logprobs.clone()
             return self._recompute_s - (time.perf_counter() - start)
-        self.policy.fill_old_logprobs(batches)
+        self.policy.fill_old_logprobs(batches, record_routes=record_routes)
         kl, tokens = self._measure(batches)
         self._recompute_s = time.perf_counter() - start
         limit = self.config.old_logprobs_max_kl or largest_kl(self._clip[0], tokens)

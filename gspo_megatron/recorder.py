@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from gspo_megatron import step_metrics
 from gspo_megatron.evaluate import EvalResult
 from gspo_megatron.experience import Experience
@@ -15,6 +17,7 @@ from gspo_megatron.job import Job
 from gspo_megatron.metrics import MetricsWriter
 from gspo_megatron.policy.policy import StepResult
 from gspo_megatron.progress import Progress
+from gspo_megatron.stability.routing import route_metrics
 from gspo_megatron.types import Rollout, StepBatch
 from gspo_megatron.weight_sync import SyncReport
 
@@ -29,6 +32,7 @@ class BatchOutcome:
     results: list[StepResult]
     sync: SyncReport  # of the weights after it
     times: dict[str, float | None]  # seconds, by metric name
+    route_counts: Tensor | None = None  # over all ranks, see stability/routing.py; None: not measured
 
 
 class Recorder:
@@ -90,6 +94,8 @@ class Recorder:
         if outcome.times.get("time_logprobs_saved_s") is not None:
             row = step_metrics.without_recompute(row)
         row |= step_metrics.of_steps(outcome.results)
+        if outcome.route_counts is not None:
+            row |= route_metrics(outcome.route_counts)
         if outcome.sync.is_probed:
             row["sync_probe_max_abs"] = outcome.sync.probe_max_abs
         self._report_failures(step, records)

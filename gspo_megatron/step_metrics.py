@@ -15,13 +15,15 @@ from torch import Tensor
 
 from gspo_megatron.algorithms import Algorithm, Mismatch, Objective, objective
 from gspo_megatron.experience import Experience
-from gspo_megatron.policy.policy import StepResult
+from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.policy.policy import MegatronPolicy, StepResult
 from gspo_megatron.policy.router import RouterLosses
 from gspo_megatron.policy.step import LossFunction
 from gspo_megatron.stability.divergence import divergence_sums
 from gspo_megatron.stability.gradients import expert_spread, largest
 from gspo_megatron.stability.ratios import clip_fractions, ratio_spread
-from gspo_megatron.types import MicroBatch
+from gspo_megatron.stability.routing import count_routes
+from gspo_megatron.types import MicroBatch, StepBatch
 
 SUMS = (
     "loss",
@@ -141,6 +143,17 @@ def router_losses(steps: Sequence[RouterLosses]) -> dict[str, float | None]:
         measured = [x for x in values if x is not None]
         row[key] = sum(measured) / len(measured) if measured else None
     return row
+
+
+def gather_routes(batches: Sequence[StepBatch], policy: MegatronPolicy, groups: ProcessGroups) -> Tensor:
+    """Counts of the routes recorded before the updates and of those after them, by a forward pass; the same on every
+    rank, see stability/routing.py. Collective."""
+    micros = [micro for batch in batches for micro in batch.micro_batches]
+    after = [routes for batch in policy.routes(batches) for routes in batch]
+    layers, experts = policy.route_shape.num_layers, policy.fields.num_experts or 0
+    counts = count_routes(micros, after, num_layers=layers, num_experts=experts, device=policy.device)
+    dist.all_reduce(counts, group=groups.world)
+    return counts
 
 
 @dataclass

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from gspo_megatron import algorithms, run_folder
 from gspo_megatron.checkpointer import Checkpointer
 from gspo_megatron.checkpoints import TrainerState
@@ -22,7 +24,7 @@ from gspo_megatron.policy.policy import MegatronPolicy, StepResult
 from gspo_megatron.policy.step import LossFunction
 from gspo_megatron.profiling import profiled
 from gspo_megatron.recorder import BatchOutcome, Recorder
-from gspo_megatron.step_metrics import observed_loss
+from gspo_megatron.step_metrics import gather_routes, observed_loss
 from gspo_megatron.stop import StopSignals
 from gspo_megatron.types import Sequence, StepBatch
 from gspo_megatron.weight_sync import SyncReport, sync_weights
@@ -85,10 +87,12 @@ class Trainer:
                 )
                 self.job.rest()
             mini_batches, results = self.learn(experience.sequences, batch)
+            with self.timed("time_telemetry_s"):
+                routes = self.measure_routes(mini_batches, batch)
             with self.timed("time_reshard_s"):
                 sync = self.sync()
         self.next_prompt = experience.next_prompt
-        return BatchOutcome(generated_by, experience, mini_batches, results, sync, dict(self.times))
+        return BatchOutcome(generated_by, experience, mini_batches, results, sync, dict(self.times), routes)
 
     def learn(self, sequences: list[Sequence], batch: int) -> tuple[list[StepBatch], list[StepResult]]:
         """Pack the replica's sequences once, recompute their log-probabilities, one optimizer step a mini-batch."""
@@ -102,13 +106,24 @@ class Trainer:
             routes=self.policy.route_shape if self.config.returns_routes else None,
         )
         with self.timed("time_logprobs_s"):
-            self.times["time_logprobs_saved_s"] = self.old_logprobs.fill(mini_batches, batch)
+            record = self.measures_routes(batch)
+            self.times["time_logprobs_saved_s"] = self.old_logprobs.fill(mini_batches, batch, record_routes=record)
             if self.algorithm.needs_reference:
                 self.policy.fill_reference_logprobs(mini_batches)
         with self.timed("time_train_s"):
             measure = self.config.telemetry.is_due(batch)
             results = [self.policy.train_step(b, self.loss(b), measure_experts=measure) for b in mini_batches]
         return mini_batches, results
+
+    def measures_routes(self, batch: int) -> bool:
+        """Whether the experts of the batch's tokens are compared before and after its updates."""
+        return self.config.telemetry.is_due(batch) and self.policy.route_shape.num_layers > 0
+
+    def measure_routes(self, mini_batches: list[StepBatch], batch: int) -> Tensor | None:
+        """What the batch's routers chose and how its updates changed that, by a further pass over the same tokens."""
+        if not self.measures_routes(batch):
+            return None
+        return gather_routes(mini_batches, self.policy, self.job.groups)
 
     def loss(self, batch: StepBatch) -> LossFunction:
         """The algorithm's loss on one micro-batch, with what is observed of it."""

@@ -32,6 +32,7 @@ from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.policy.runtime import initialize
 from gspo_megatron.policy.step import LossFunction
+from gspo_megatron.stability.routing import route_metrics
 from gspo_megatron.types import Group, Prompt, Rollout, ScoreReport, Sequence, StepBatch
 
 MODEL = {
@@ -107,7 +108,7 @@ def ways(policy: MegatronPolicy, batches: list[StepBatch], experience: Experienc
             policy.train_step(batch, loss_alone(algorithm, batch.num_global_sequences))
 
     def observed(*, measure: bool) -> dict[str, object]:
-        policy.fill_old_logprobs(batches)
+        policy.fill_old_logprobs(batches, record_routes=measure)
         results = [
             policy.train_step(
                 batch,
@@ -116,15 +117,17 @@ def ways(policy: MegatronPolicy, batches: list[StepBatch], experience: Experienc
             )
             for batch in batches
         ]
+        routes = step_metrics.gather_routes(batches, policy, policy.groups) if measure else None
         record = step_metrics.record([r.reports for r in results], experience, padding=(0, 1), engine_bytes=0)
-        return step_metrics.summarize([record]) | step_metrics.of_steps(results)
+        changed = {} if routes is None else route_metrics(routes)
+        return step_metrics.summarize([record]) | step_metrics.of_steps(results) | changed
 
     return {ALONE: alone, OBSERVED: lambda: observed(measure=False), MEASURED: lambda: observed(measure=True)}
 
 
-def measure(takes: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each way, which take turns; a round before warms up. On a CPU seconds of this process, which
-    others that run beside it don't lengthen."""
+def measure(takes: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way in each round, in which they take turns; a round before warms up. On a CPU seconds of this
+    process, which others that run beside it don't lengthen."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in takes}
     for number in range(rounds + 1):
@@ -135,11 +138,11 @@ def measure(takes: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
                 torch.cuda.synchronize()
             if number > 0:
                 seconds[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
-def table(seconds: dict[str, float], parameters: int, tokens: int) -> str:
-    """The report, in Markdown."""
+def table(seconds: dict[str, list[float]], parameters: int, tokens: int) -> str:
+    """The report, in Markdown. Ratios are taken within rounds, then their median."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     every = TelemetryConfig().every
     lines = [
@@ -149,9 +152,11 @@ def table(seconds: dict[str, float], parameters: int, tokens: int) -> str:
         "| training of a rollout batch | s | of the loss alone |",
         "|---|---|---|",
     ]
-    for name, value in seconds.items():
-        lines.append(f"| {name} | {value:.2f} | {value / seconds[ALONE]:.3f} |")
-    share = (seconds[OBSERVED] + (seconds[MEASURED] - seconds[OBSERVED]) / every) / seconds[ALONE]
+    ratios = {}
+    for name, values in seconds.items():
+        ratios[name] = statistics.median(x / alone for x, alone in zip(values, seconds[ALONE], strict=True))
+        lines.append(f"| {name} | {statistics.median(values):.2f} | {ratios[name]:.3f} |")
+    share = ratios[OBSERVED] + (ratios[MEASURED] - ratios[OBSERVED]) / every
     return "\n".join([*lines, f"| with telemetry.every = {every}, on average | | {share:.3f} |"]) + "\n"
 
 

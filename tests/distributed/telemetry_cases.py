@@ -14,6 +14,7 @@ from gspo_megatron.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    RolloutConfig,
     RunConfig,
     TaskConfig,
     TrainConfig,
@@ -22,12 +23,15 @@ from gspo_megatron.device import current_device
 from gspo_megatron.errors import UserError
 from gspo_megatron.experience import Experience
 from gspo_megatron.job import Job, build_job
+from gspo_megatron.policy.policy import MegatronPolicy
+from gspo_megatron.policy.router import Router
 from gspo_megatron.recorder import BatchOutcome, Recorder
 from gspo_megatron.tokenizer import Tokenizer
 from gspo_megatron.trainer import Trainer
 from gspo_megatron.types import Group, Prompt, Rollout, ScoreReport, Sequence
 from gspo_megatron.weight_sync import SyncReport
 from tests.distributed.cases import join, scatter, train_config, whole_gradients
+from tests.distributed.routing_cases import places
 from tests.distributed.tiny_models import make_sequences
 
 MINI_BATCHES = 3
@@ -40,8 +44,20 @@ def batch(vocab: int) -> list[Sequence]:
     for s in make_sequences(LENGTHS, vocab, seed=5):
         advantage = torch.zeros(()) if s.index % 8 == 3 else s.advantages
         mask = s.response_mask & (s.index != 20)
-        sequences.append(Sequence(s.index, s.token_ids, mask, s.rollout_logprobs, advantage))
+        routes, valid = engine_routes(s.index)
+        sequences.append(
+            Sequence(s.index, s.token_ids, mask, s.rollout_logprobs, advantage, routes, valid if s.index % 5 else None)
+        )
     return sequences
+
+
+def engine_routes(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[L-1, 4 layers, 2] two experts of 8 at random, and [L-1] bool where there are any; every fifth sequence has no
+    route."""
+    generator = torch.Generator().manual_seed(index)
+    rows = LENGTHS[index] - 1
+    routes = torch.rand(rows, 4, 8, generator=generator).argsort(-1)[..., :2].short()
+    return routes, (torch.rand(rows, generator=generator) < 0.7) & (index % 5 > 0)
 
 
 def measured_row(
@@ -54,6 +70,7 @@ def measured_row(
         model=ModelConfig(path=folder),
         task=TaskConfig(name="unused"),
         algorithm=AlgorithmConfig(mini_batches=MINI_BATCHES, clip_low=3e-3, clip_high=4e-3),
+        rollout=RolloutConfig(routed_experts=True),
         data=DataConfig(token_budget=160),
         optimizer=OptimizerConfig(lr=2e-4, eps=1e-3, distributed=distributed),
     )
@@ -64,9 +81,12 @@ def measured_row(
     gradients: list[dict[str, torch.Tensor]] = []
     _capture(trainer, tokens, gradients)
     mine = scatter(groups, batch(vocab))
+    before, after = _observe_routers(trainer.policy)
     batches, results = trainer.learn(mine, 1)
+    before.is_on, after.is_on = False, True
+    routes = trainer.measure_routes(batches, 1)
     outcome = BatchOutcome(
-        0, _experience(mine), batches, results, SyncReport(0), {"time_rollout_s": 1.0, **trainer.times}
+        0, _experience(mine), batches, results, SyncReport(0), {"time_rollout_s": 1.0, **trainer.times}, routes
     )
     with Recorder(job, "test", 1).open() as recorder:
         recorder.batch(1, outcome, None)
@@ -74,8 +94,35 @@ def measured_row(
         "tokens": tokens,
         "gradients": gradients,
         "grad_norms": [r.grad_norm for r in results],
+        "routes": [before.rows, after.rows],
         "expert_gradient_norms": [r.expert_gradient_norms for r in results],
     }
+
+
+class _Routers:
+    """What every router does while nothing is trained: (Sequence.index, position, layer, experts ascending, entropy)
+    of each real token."""
+
+    def __init__(self, policy: MegatronPolicy, *, is_on: bool) -> None:
+        self.policy, self.is_on, self.rows = policy, is_on, []  # type: ignore[var-annotated]
+        for module in (m for chunk in policy.chunks for m in chunk.modules()):
+            if isinstance(module, Router):
+                module.register_forward_hook(self.note)
+
+    def note(self, router: Any, args: Any, out: Any) -> None:
+        if torch.is_grad_enabled() or not self.is_on:
+            return
+        micro, rows = args[1].micro, len(out[1])
+        where = places(micro, self.policy.groups.coordinates.tensor * rows, rows)
+        shares = (args[0].flatten(0, -2).double() @ router.weight.double().T).softmax(-1)
+        entropy = -(shares * shares.log()).sum(-1)
+        for (index, position), chosen, h in zip(where.tolist(), out[1], entropy.tolist(), strict=True):
+            if index >= 0:
+                self.rows.append((index, position, router.layer_number - 1, chosen.nonzero().flatten().tolist(), h))
+
+
+def _observe_routers(policy: MegatronPolicy) -> tuple[_Routers, _Routers]:
+    return _Routers(policy, is_on=True), _Routers(policy, is_on=False)
 
 
 def _experience(sequences: list[Sequence]) -> Experience:

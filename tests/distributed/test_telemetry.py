@@ -15,7 +15,7 @@ import torch
 from gspo_megatron.parallel import ParallelLayout
 from tests.distributed import tiny_models
 from tests.distributed.rank_pool import RankPool
-from tests.distributed.telemetry_cases import LENGTHS, MINI_BATCHES, batch
+from tests.distributed.telemetry_cases import LENGTHS, MINI_BATCHES, batch, engine_routes
 from tests.distributed.test_training import MODEL
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -120,9 +120,38 @@ def brute_force(seen: list[dict[str, Any]]) -> dict[str, Any]:
     each = [fractions([k for k in clipped if k[0] == j]) for j in range(MINI_BATCHES)]
     row |= {f"{name}_mini_batches": [part[name] for part in each] for name in each[0]}
     row["grad_norm_max"] = max(seen[0]["grad_norms"])
+    row |= routes(seen)
     norms = expert_norms(seen[0]["gradients"])
     layers = (norms.max(2) / np.median(norms, axis=2)).mean(0).tolist()
     row |= {"expert_gradient_spread_layers": layers, "expert_gradient_spread": max(layers)}
+    return row
+
+
+def routes(seen: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of every (token, layer) once: experts before and after the updates, the engine's, and what they come to."""
+    before, after = ({row[:3]: row[3:] for rank in seen for row in rank["routes"][i]} for i in (0, 1))
+    assert len(before) == sum(len(rank["routes"][0]) for rank in seen) == 4 * sum(LENGTHS)
+    assert before.keys() == after.keys()
+    changed = {key: before[key][0] != after[key][0] for key in before}
+    differs, load = {}, np.zeros((4, 8))
+    for (index, position, layer), (experts, _) in before.items():
+        load[layer, experts] += 1
+        given, valid = engine_routes(index)
+        if position < len(valid) and valid[position]:
+            differs[index, position, layer] = sorted(given[position, layer].tolist()) != experts
+    entropy = {key: h for key, (_, h) in before.items()}
+    row: dict[str, Any] = {}
+    for name, values in (
+        ("expert_change_fraction", changed),
+        ("expert_mismatch_fraction", differs),
+        ("router_entropy", entropy),
+    ):
+        row[name] = float(np.mean(list(values.values())))
+        row[f"{name}_layers"] = [np.mean([x for key, x in values.items() if key[2] == n]) for n in range(4)]
+    row["expert_load_max_layers"] = (load.max(1) / load.mean(1)).tolist()
+    row["expert_load_max"] = max(row["expert_load_max_layers"])
+    row["dead_experts_layers"] = (load == 0).sum(1).tolist()
+    row["dead_experts"] = sum(row["dead_experts_layers"])
     return row
 
 
@@ -177,6 +206,8 @@ def test_every_value_equals_brute_force(name: str, measure: Measure) -> None:
     assert expected["clip_fraction_sequence_mini_batches"][0] == 0
     assert expected["expert_gradient_spread"] > 1.2
     check_expert_norms(seen)
+    assert 0.001 < expected["expert_change_fraction"] < 0.2
+    assert 0.9 < expected["expert_mismatch_fraction"] < 1
     assert expected["kl_total"] > expected["kl_staleness"] > 1e-7
 
 
