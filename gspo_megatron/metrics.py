@@ -74,6 +74,8 @@ METRICS: dict[str, str] = {
     "ess_fraction_sequence": "effective sample size of the weights s over the number of sequences (0-1)",
     "ess_fraction_weight": "effective sample size of the weights W over the number of sequences (0-1)",
     "kl_rollout_trainer_k1": "k1 estimate of kl_rollout_trainer: mean log(engine/trainer), may be below 0 (nats)",
+    "rollout_trainer_correlation": "correlation of engine's and trainer's log-probs over response tokens (-1 to 1)",
+    "rollout_trainer_slope": "slope of the engine's log-probs by the trainer's; another temperature shows here (ratio)",
     "kl_staleness": "k3 estimate of KL(old, new) per response token: what the batch's updates moved (nats)",
     "kl_staleness_k1": "k1 estimate of kl_staleness (nats)",
     "kl_total": "k3 estimate of KL(engine, new) per response token: mismatch and staleness together (nats)",

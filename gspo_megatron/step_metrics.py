@@ -19,7 +19,7 @@ from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.policy.policy import MegatronPolicy, StepResult
 from gspo_megatron.policy.router import RouterLosses
 from gspo_megatron.policy.step import LossFunction
-from gspo_megatron.stability.divergence import divergence_sums
+from gspo_megatron.stability.divergence import agreement, agreement_sums, divergence_sums
 from gspo_megatron.stability.gradients import expert_spread, largest
 from gspo_megatron.stability.ratios import clip_fractions, ratio_spread
 from gspo_megatron.stability.routing import count_routes
@@ -36,6 +36,11 @@ SUMS = (
     "staleness_k3",
     "total_k1",
     "total_k3",
+    "x",  # of `agreement_sums`
+    "y",
+    "xx",
+    "yy",
+    "xy",
 )
 
 
@@ -50,7 +55,7 @@ class MicroStats:
     clipped_tokens: Tensor  # [S]
     num_tokens: Tensor  # [S]
     advantages: Tensor  # [S]
-    sums: Tensor  # [10] SUMS, over response tokens but for the losses
+    sums: Tensor  # [15] SUMS, over response tokens but for the losses
     maxima: Tensor  # [2] token log-ratio, |engine - trainer|
 
 
@@ -84,6 +89,7 @@ def observe(
             mask.double().sum(),
             torch.full_like(zero[0], torch.nan).double() if result.kl is None else result.kl.double(),
             *divergence_sums(logprobs, micro.old_logprobs, micro.rollout_logprobs, mask).flatten(),
+            *agreement_sums(micro.old_logprobs, micro.rollout_logprobs, mask),
         ]
     )
     maxima = torch.stack([token_log_ratio.max(), gap.abs().max()])
@@ -231,7 +237,8 @@ def without_recompute(row: dict[str, Any]) -> dict[str, Any]:
     """The row of a batch whose old log-probs are the engine's: engine and trainer were not compared, and what looks
     like staleness is the total."""
     parts = ("kl_rollout_trainer", "kl_rollout_trainer_k1", "kl_staleness", "kl_staleness_k1", "sync_probe_max_abs")
-    return {key: value for key, value in row.items() if key not in parts}
+    both = ("rollout_trainer_correlation", "rollout_trainer_slope")
+    return {key: value for key, value in row.items() if key not in parts + both}
 
 
 def of_steps(results: Sequence[StepResult]) -> dict[str, Any]:
@@ -271,6 +278,8 @@ def summarize(records: Sequence[RankRecord]) -> dict[str, Any]:
         row["entropy"] = float(sums["entropy"].sum() / tokens)
         for key, name in KL_METRICS.items():
             row[key] = float(sums[name].sum() / tokens)
+        of_tokens = [float(sums[name].sum()) for name in ("x", "y", "xx", "yy", "xy")]
+        row["rollout_trainer_correlation"], row["rollout_trainer_slope"] = agreement(of_tokens, float(tokens))
         row["token_ratio_max"] = float(maxima[0].exp())
         row["sync_probe_max_abs"] = float(maxima[1])
     starts = [r.sequences[0] for r in training]

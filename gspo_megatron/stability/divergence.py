@@ -18,6 +18,9 @@ k1 of the total is the sum of the other two; k3 is not.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,3 +53,29 @@ def divergence_sums(logprobs: Tensor, old_logprobs: Tensor, rollout_logprobs: Te
     )
     gaps = torch.stack([old - engine, new - old, new - engine])  # exact: the differences of float32 fit float64
     return torch.stack([k1(gaps).sum(1), k3(gaps).sum(1)], dim=1)
+
+
+def agreement_sums(old_logprobs: Tensor, rollout_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Sums over the response tokens of x, y, x², y² and xy, with x the trainer's and y the engine's log-probabilities.
+
+    Returns:
+        [5] float64, for `agreement`.
+    """
+    x, y = (torch.where(response_mask, v.detach(), 0.0).double() for v in (old_logprobs, rollout_logprobs))
+    return torch.stack([x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
+
+
+def agreement(sums: Sequence[float], tokens: float) -> tuple[float | None, float | None]:
+    """How the engine's log-probabilities follow the trainer's: correlation, and slope of the engine's by the trainer's.
+
+    1 and 1 for one model. An engine that samples at another temperature keeps the correlation near 1, and its slope is
+    about the ratio of the temperatures; other weights lose the correlation. None with fewer than two tokens, or where
+    one of the two does not vary.
+    """
+    if tokens < 2:
+        return None, None
+    x, y, xx, yy, xy = (value / tokens for value in sums)
+    var_x, var_y, covariance = xx - x * x, yy - y * y, xy - x * y
+    if var_x <= 0 or var_y <= 0:
+        return None, None
+    return covariance / math.sqrt(var_x * var_y), covariance / var_x

@@ -93,6 +93,8 @@ def brute_force(seen: list[dict[str, Any]]) -> dict[str, Any]:
     new, old, engine, entropy = np.concatenate(list(real.values()), axis=1)
     row["entropy"] = float(entropy.mean())
     row["token_ratio_max"] = float(np.exp(new - old).max())
+    row["rollout_trainer_correlation"] = float(np.corrcoef(old, engine)[0, 1])
+    row["rollout_trainer_slope"] = float(np.polyfit(old, engine, 1)[0])
     row["sync_probe_max_abs"] = float(np.abs(old - engine).max())
     for name, p, q in (("kl_rollout_trainer", engine, old), ("kl_staleness", old, new), ("kl_total", engine, new)):
         row[f"{name}_k1"] = float((p - q).mean())

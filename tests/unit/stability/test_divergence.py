@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gspo_megatron.stability.divergence import divergence_sums, k1, k3
+from gspo_megatron.stability.divergence import agreement, agreement_sums, divergence_sums, k1, k3
 
 
 def test_estimators_are_unbiased() -> None:
@@ -38,3 +38,19 @@ def test_small_gaps_keep_their_digits() -> None:
     sums = divergence_sums(new, old, old, torch.ones(1000, dtype=torch.bool))
     assert float(sums[1, 1]) == pytest.approx(1000 * (gap**2 / 2 + gap**3 / 6), rel=1e-8)
     assert float(sums[0].abs().sum()) == 0.0
+
+
+def test_agreement() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(500, 20, generator=generator)
+    trainer = logits.log_softmax(-1)[:, 3]
+    hotter = (logits / 1.3).log_softmax(-1)[:, 3]
+    other = (logits + torch.randn(500, 20, generator=generator)).log_softmax(-1)[:, 3]
+    mask = torch.arange(500) < 400
+    for engine in (trainer, hotter, other):
+        sums = agreement_sums(torch.where(mask, trainer, math.nan), engine, mask)
+        correlation, slope = agreement(sums.tolist(), 400)
+        x, y = trainer[:400].double(), engine[:400].double()
+        assert correlation == pytest.approx(float(torch.corrcoef(torch.stack([x, y]))[0, 1]), abs=1e-9)
+        assert slope == pytest.approx(float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()))
+    assert agreement([0.0] * 5, 0) == agreement([-2.0, -2.0, 2.0, 2.0, 2.0], 2) == (None, None)
