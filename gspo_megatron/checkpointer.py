@@ -140,6 +140,13 @@ class Checkpointer:
             self._say(f"stopped on {why} after rollout batch {batch}; the same command with --run.resume goes on")
         return bool(stop) and batch < total
 
+    def save(self, batch: int, state: Callable[[dict[str, int]], TrainerState]) -> None:
+        """Save after a rollout batch, due or not, and wait until it is written. All ranks have agreed on it."""
+        if batch != self._newest:
+            self._finish()
+            self._start(batch, state)
+        self._finish()
+
     def _agree(self, *, made_progress: bool) -> int:
         """The signal that any rank was sent, or _DEADLINE, or 0. Also takes note of what the writers came to."""
         received = self.signals.received if self.signals is not None else None

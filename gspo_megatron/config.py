@@ -539,6 +539,22 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True)
+class WatchdogConfig:
+    """What happens where the metrics of a training run show that something is wrong."""
+
+    action: Literal["warn", "stop"] = "warn"
+    """warn: say what it is when it begins. stop: also save a checkpoint and end the run, with exit code 1."""
+    patience: int = 5
+    """Rollout batches in a row before a reward under half of its best, or a clip that never acts, is reported."""
+    entropy_floor: float = 1e-3
+    """Entropy, in nats, under which nothing is explored any more."""
+
+    def __post_init__(self) -> None:
+        _require_positive("watchdog", self, "patience")
+        _require(self.entropy_floor >= 0, f"watchdog.entropy_floor={self.entropy_floor} must be at least 0")
+
+
+@dataclass(frozen=True)
 class TrainLoopConfig:
     """Length of a training run."""
 
@@ -606,6 +622,7 @@ class TrainConfig:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     train: TrainLoopConfig = field(default_factory=TrainLoopConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gspo_megatron import step_metrics
+from gspo_megatron import algorithms, step_metrics
+from gspo_megatron.config import TrainConfig
 from gspo_megatron.evaluate import EvalResult
 from gspo_megatron.experience import Experience
 from gspo_megatron.job import Job
@@ -18,6 +19,7 @@ from gspo_megatron.metrics import MetricsWriter
 from gspo_megatron.policy.policy import StepResult
 from gspo_megatron.progress import Progress
 from gspo_megatron.stability.routing import route_metrics
+from gspo_megatron.stability.watchdog import Facts, Finding, examine
 from gspo_megatron.types import Rollout, StepBatch
 from gspo_megatron.weight_sync import SyncReport
 
@@ -45,6 +47,8 @@ class Recorder:
         self.display = Progress(total, label, enabled=self.is_writer, unit=unit, completed=done or 0)
         self.writer: MetricsWriter | None = None
         self._errors_said: set[str] = set()
+        self._rows: list[dict[str, Any]] = []  # at rank 0, of this start
+        self._findings: list[Finding] = []  # of the last row
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Recorder]:
@@ -131,7 +135,28 @@ class Recorder:
             self.display.note(f"after step {step}: {evaluation}")
         self.writer.write(row)
         if step > 0:
+            self._watch(row)
             self.display.update(row)
+
+    def _watch(self, row: dict[str, Any]) -> None:
+        """Have the watchdog look at the newest row; say what was not said of the one before."""
+        config = self.job.config
+        if not isinstance(config, TrainConfig):
+            return
+        self._rows.append(row)
+        before = {finding.name for finding in self._findings}
+        resolved = dataclasses.replace(config, algorithm=algorithms.resolve(config.algorithm))
+        self._findings = examine(self._rows, Facts.of(dataclasses.asdict(resolved)))
+        for finding in self._findings:
+            if finding.name not in before:
+                self.display.note(f"watchdog, batch {finding.step}: {finding.message}")
+
+    def alarms(self) -> list[str]:
+        """What the watchdog stops the run for after the last row; the same on every rank. Collective, if it may."""
+        config = self.job.config
+        if not isinstance(config, TrainConfig) or config.watchdog.action != "stop":
+            return []
+        return [message for part in self.job.all_gather([f.message for f in self._findings]) for message in part]
 
     def _samples(self, outcome: BatchOutcome) -> list[tuple[int, dict[str, Any]]] | None:
         """(response length, row of samples.jsonl) of a few of this head's rollouts."""

@@ -15,6 +15,7 @@ from gspo_megatron.checkpointer import Checkpointer
 from gspo_megatron.checkpoints import TrainerState
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.data.exchange import distribute
+from gspo_megatron.errors import CauseError
 from gspo_megatron.evaluate import evaluate
 from gspo_megatron.experience import collect
 from gspo_megatron.failures import EXIT_DONE, EXIT_STOPPED
@@ -72,6 +73,9 @@ class Trainer:
                         outcome = self.step(batch)
                     due = batch == total or (every > 0 and batch % every == 0)
                     recorder.batch(batch, outcome, evaluate(self.job, self.resync) if due else None)
+                    if alarms := recorder.alarms():
+                        checkpoints.save(batch, partial(self.state, batch, recorder))
+                        raise CauseError(f"stopped by the watchdog after rollout batch {batch}: {'; '.join(alarms)}")
         if batch < total:
             return EXIT_STOPPED
         self.save()

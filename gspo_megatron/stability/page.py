@@ -127,7 +127,7 @@ def _notes(runs: Sequence[Run]) -> str:
     items = [
         f"<li>{escape(run.name) + ': ' if len(runs) > 1 else ''}{escape(note)}</li>"
         for run in runs
-        for note in run.notes
+        for note in [*run.notes, *(f"watchdog, batch {f.step}: {f.message}" for f in run.findings)]
     ]
     return f'<ul class="notes">{"".join(items)}</ul>' if items else ""
 

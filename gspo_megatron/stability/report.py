@@ -15,7 +15,8 @@ __all__ = ["first_last_gain", "summarize", "write_report"]
 
 
 def summarize(folder: Path) -> str:
-    """One line on a run: mean reward of the first and last five rollout batches, held-out before and after."""
+    """One line on a run: mean reward of the first and last five rollout batches, held-out before and after. Then one
+    for each of the watchdog's findings."""
     run = read_run(folder)
     parts = []
     if (means := first_last_means(run.rows, "reward_mean")) is not None:
@@ -23,7 +24,8 @@ def summarize(folder: Path) -> str:
         parts.append(f"mean reward {first:.3f} (first 5 batches) → {last:.3f} (last 5), {last - first:+.3f}")
     if len(held_out := measured(run.rows, "eval_reward_mean")) > 1:
         parts.append(f"held-out {held_out[0]:.3f} → {held_out[-1]:.3f}")
-    return f"{folder}: {'; '.join(parts) or 'too short for a comparison'}"
+    found = "".join(f"\n  watchdog, batch {finding.step}: {finding.message}" for finding in run.findings)
+    return f"{folder}: {'; '.join(parts) or 'too short for a comparison'}{found}"
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:

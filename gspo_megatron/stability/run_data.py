@@ -15,6 +15,7 @@ import numpy as np
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.metrics import LIST_METRICS, METRICS, NON_FINITE, TEXT_METRICS
+from gspo_megatron.stability.watchdog import Facts, Finding, review
 
 Row = dict[str, Any]
 
@@ -29,6 +30,7 @@ class Run:
     samples: list[Row]  # samples.jsonl, in the order written
     config: dict[str, Any] | None  # config.toml; None if the folder has none
     notes: list[str] = field(default_factory=list)  # what a reader must know about the records
+    findings: list[Finding] = field(default_factory=list)  # the watchdog's; [] without a config
 
     def values(self, key: str) -> np.ndarray:
         """[rows] float64, NaN where not measured. Of a metric of one number."""
@@ -161,6 +163,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         samples=samples,
         config=config,
         notes=[*notes, *config_notes, *sample_notes],
+        findings=review(rows, Facts.of(config)) if config is not None else [],
     )
 
 

@@ -1,0 +1,298 @@
+"""Names what is wrong with a run, from its rows of metrics alone, with figures and a remedy.
+
+`examine` looks at the last of a run's rows in the light of those before it. It runs no model and keeps no state, so
+that a run in progress and a report of one that has ended come to the same findings.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gspo_megatron.metrics import NON_FINITE
+from gspo_megatron.stability.gate import largest_kl
+
+Row = Mapping[str, Any]
+
+# Thresholds were set on runs of tests/system/watchdog_worker.py with seeds 0 and 1; its test has other seeds.
+
+# KL of engine and trainer per token that two programs with the same weights stay under, by the policy's dtype.
+# float32: 1e-12 is measured. bfloat16: up to 1.5e-3 is reported of Mixture-of-Experts models without route replay.
+MISMATCH_KL = {"float32": 1e-5, "bfloat16": 5e-3}
+# Largest |log s| of mini-batch 1 with log-probabilities in float32: 1e-6 is measured, 1e-3 is what bfloat16 gives.
+SAME_POLICY = 1e-5
+# Another temperature turns the slope of the engine's log-probs by the trainer's and leaves little scatter; other
+# weights scatter more than they turn. |slope - 1| over √(1 - correlation²): 3.5 was measured, and 0.1 to 0.6.
+TEMPERATURE_TURN = 2.0
+# Nats a token: the policy has left the one that sampled. 0.02 in a fast healthy run, 2.8 at 100 times its lr.
+LARGE_STALENESS = 0.2
+IDLE_CLIP = 2.5  # clip over the deviation of log s: 0.6 to 1.3 in healthy runs, 3.6 at a clip of 0.2
+IDLE_SHARE = 0.02  # of the responses clipped: 0.05 to 0.25, and 0.007 to 0.015
+ONE_SIDED = 4.0  # clip fractions of negative and positive advantages
+SPIKE = 10.0  # of the gradient norm, over its median
+COLLAPSED = 0.5  # of the best reward
+MIN_HISTORY = 5  # rows before a median or a best is one
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong."""
+
+    name: str  # one of CHECKS
+    step: int  # the rollout batch
+    message: str  # what, with figures; and what to do
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the watchdog knows of a run besides its rows."""
+
+    clip_low: float
+    clip_high: float
+    mini_batches: int
+    is_sequence_level: bool = True
+    dtype: str = "float32"
+    recomputes: bool = True  # old log-probs are the trainer's
+    patience: int = 5  # rollout batches in a row
+    entropy_floor: float = 1e-3  # nats
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Facts:
+        """From a resolved config as nested plain values."""
+        algorithm, model, watchdog = (config.get(k, {}) for k in ("algorithm", "model", "watchdog"))
+        return cls(
+            clip_low=algorithm.get("clip_low") or 3e-4,
+            clip_high=algorithm.get("clip_high") or 4e-4,
+            mini_batches=algorithm.get("mini_batches") or 4,
+            is_sequence_level=algorithm.get("name", "gspo") in ("gspo", "gspo_token", "luspo"),
+            dtype=model.get("dtype", "float32"),
+            recomputes=algorithm.get("old_logprobs", "recompute") == "recompute",
+            patience=watchdog.get("patience", cls.patience),
+            entropy_floor=watchdog.get("entropy_floor", cls.entropy_floor),
+        )
+
+
+def examine(rows: Sequence[Row], facts: Facts) -> list[Finding]:
+    """What is wrong at the last row. Rows are objects of metrics.jsonl in order; those without a trained batch, such as
+    the evaluation before the first, are no history."""
+    rows = [row for row in rows if (row.get("step") or 0) > 0]
+    if not rows:
+        return []
+    found = []
+    for name, check in CHECKS.items():
+        message = check(rows, facts)
+        if message is not None:
+            found.append(Finding(name, rows[-1]["step"], message))
+    return found
+
+
+def review(rows: Sequence[Row], facts: Facts) -> list[Finding]:
+    """All findings of a whole run, each where it begins: not again in the batch after one that had it."""
+    found: list[Finding] = []
+    before: set[str] = set()
+    for end in range(1, len(rows) + 1):
+        here = examine(rows[:end], facts)
+        found += [finding for finding in here if finding.name not in before]
+        before = {finding.name for finding in here}
+    return found
+
+
+def _value(row: Row, key: str) -> float | None:
+    """A finite number, or None."""
+    value = row.get(key)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _last(rows: Sequence[Row], key: str, count: int) -> list[float] | None:
+    """The values of the last `count` rows, if they all have one."""
+    values = [x for row in rows[-count:] if (x := _value(row, key)) is not None]
+    return values if len(values) == count else None
+
+
+def _non_finite(rows: Sequence[Row], facts: Facts) -> str | None:
+    row = rows[-1]
+    infinite_by_nature = ("expert_gradient_spread",)
+    bad = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    bad = [key for key in [*bad, *row.get(NON_FINITE, {})] if not key.startswith(infinite_by_nature)]
+    if not bad:
+        return None
+    return f"{', '.join(bad)} not finite: the weights may be lost; go on from the last checkpoint, at a lower lr"
+
+
+def _gradient_spike(rows: Sequence[Row], facts: Facts) -> str | None:
+    norms = [x for row in rows[:-1] if (x := _value(row, "grad_norm")) is not None]
+    largest = _value(rows[-1], "grad_norm_max")
+    if len(norms) < MIN_HISTORY or largest is None:
+        return None
+    median = statistics.median(norms)
+    if largest <= SPIKE * median or median <= 0:
+        return None
+    return (
+        f"a gradient norm of {largest:.3g} is {largest / median:.0f} times the median of {median:.3g}; look at "
+        "token_ratio_max and the samples; a lower lr or clip_grad keeps the step small"
+    )
+
+
+def _reward_collapse(rows: Sequence[Row], facts: Facts) -> str | None:
+    n = facts.patience
+    last = _last(rows, "reward_mean", n)
+    values = [x for row in rows if (x := _value(row, "reward_mean")) is not None]
+    if last is None or len(values) < 2 * n:
+        return None
+    best = max(statistics.fmean(values[i : i + n]) for i in range(len(values) - n + 1))
+    if best <= 0 or max(last) >= COLLAPSED * best:
+        return None
+    return (
+        f"the reward has been under half of its best for {n} batches: {statistics.fmean(last):.3g} of {best:.3g}; "
+        "go on from an earlier checkpoint at a lower lr"
+    )
+
+
+def _entropy_floor(rows: Sequence[Row], facts: Facts) -> str | None:
+    entropy = _value(rows[-1], "entropy")
+    if entropy is None or entropy >= facts.entropy_floor:
+        return None
+    return (
+        f"an entropy of {entropy:.2g} nats is under watchdog.entropy_floor={facts.entropy_floor:g}: nothing is "
+        "explored any more; an entropy_coefficient, a higher temperature, or harder prompts"
+    )
+
+
+def _constant_reward(rows: Sequence[Row], facts: Facts) -> str | None:
+    shares = _last(rows, "zero_variance_group_fraction", min(3, facts.patience))
+    if shares is None or min(shares) < 1:
+        return None
+    reward = _value(rows[-1], "reward_mean")
+    shown = "none" if reward is None else f"{reward:.3g}"
+    return (
+        f"in {len(shares)} batches all rewards of a group were equal (mean {shown}): nothing is learned; check the "
+        "reward, or choose prompts that are neither always nor never solved"
+    )
+
+
+def _mismatch(rows: Sequence[Row], facts: Facts) -> tuple[str, float] | None:
+    """(cause, KL): "temperature", "stale" or "weights"; None while engine and trainer agree."""
+    row, limit = rows[-1], MISMATCH_KL.get(facts.dtype, MISMATCH_KL["float32"])
+    kl = _value(row, "kl_rollout_trainer")
+    if kl is None or kl <= limit:
+        return None
+    correlation, slope = _value(row, "rollout_trainer_correlation"), _value(row, "rollout_trainer_slope")
+    measured = [x for r in rows if (x := _value(r, "kl_rollout_trainer")) is not None]
+    if measured[0] <= limit:
+        return "stale", kl  # it agreed before weights were updated
+    if correlation is None or slope is None:
+        return "weights", kl
+    scatter = math.sqrt(max(0.0, 1 - correlation**2))
+    return ("temperature" if abs(slope - 1) > TEMPERATURE_TURN * scatter else "weights"), kl
+
+
+def _stale_engine(rows: Sequence[Row], facts: Facts) -> str | None:
+    found = _mismatch(rows, facts)
+    if found is None or found[0] != "stale":
+        return None
+    return (
+        f"engine and trainer agreed at first and are now {found[1]:.2g} nats a token (KL) apart: the engine does not "
+        "get the last weight update; see the weight sync"
+    )
+
+
+def _temperature(rows: Sequence[Row], facts: Facts) -> str | None:
+    found = _mismatch(rows, facts)
+    if found is None or found[0] != "temperature":
+        return None
+    slope = rows[-1]["rollout_trainer_slope"]
+    return (
+        f"the engine's log-probs follow the trainer's with a slope of {slope:.2f} (KL {found[1]:.2g} a token): they "
+        f"are of another temperature, about {1 / max(slope, 1e-6):.2f} times; set the same on both sides"
+    )
+
+
+def _other_weights(rows: Sequence[Row], facts: Facts) -> str | None:
+    found = _mismatch(rows, facts)
+    if found is None or found[0] != "weights":
+        return None
+    correlation = _value(rows[-1], "rollout_trainer_correlation")
+    shown = "unknown" if correlation is None else f"{correlation:.3f}"
+    return (
+        f"engine and trainer are {found[1]:.2g} nats a token (KL) apart from the start, correlation {shown}: some of "
+        "the engine's weights are not the trainer's, e.g. an expert in another's place; check the conversion"
+    )
+
+
+def _old_policy(rows: Sequence[Row], facts: Facts) -> str | None:
+    gap = _value(rows[-1], "old_logprob_gap_first_mini_batch")
+    is_bypassed = _value(rows[-1], "time_logprobs_saved_s") is not None
+    if gap is None or gap <= SAME_POLICY or is_bypassed:
+        return None
+    return (
+        f"|log s| is up to {gap:.2g} in mini-batch 1, where no weight has changed: old log-probs have lost precision "
+        f"(bfloat16 gives 1e-4 to 1e-2) or are of another policy; keep them in float32. The clip is "
+        f"{facts.clip_low:g} / {facts.clip_high:g}"
+    )
+
+
+def _clip_never(rows: Sequence[Row], facts: Facts) -> str | None:
+    n = facts.patience
+    clipped, spread = _last(rows, "clip_fraction_sequence", n), _last(rows, "log_ratio_sequence_std", n)
+    rates = [x for row in rows if (x := _value(row, "learning_rate")) is not None]
+    narrow = min(-math.log1p(-facts.clip_low), math.log1p(facts.clip_high))
+    if facts.mini_batches < 2 or not facts.is_sequence_level or clipped is None or spread is None:
+        return None
+    if rates and min(rates[-n:]) < max(rates) / 2:  # at the end of a decay, or in the warm-up, little moves
+        return None
+    deviation = statistics.median(spread)
+    if statistics.fmean(clipped) > IDLE_SHARE or narrow < IDLE_CLIP * deviation:
+        return None
+    return (
+        f"{statistics.fmean(clipped):.1%} of the responses were clipped in {n} batches: log s has a deviation of "
+        f"{deviation:.2g}, the clip begins at {narrow:.2g}. That is a clip for token ratios; GSPO's is 3e-4 / 4e-4, "
+        "wider for short responses"
+    )
+
+
+def _large_updates(rows: Sequence[Row], facts: Facts) -> str | None:
+    staleness = _value(rows[-1], "kl_staleness")
+    if staleness is None or staleness <= LARGE_STALENESS:
+        return None
+    clipped = _value(rows[-1], "clip_fraction_sequence")
+    shown = "" if clipped is None else f", {clipped:.0%} of the responses are clipped"
+    return (
+        f"a batch's updates move the policy by {staleness:.2g} nats a token (KL){shown}: the steps are too large; "
+        "lower the lr, or fewer mini-batches"
+    )
+
+
+def _one_sided_clip(rows: Sequence[Row], facts: Facts) -> str | None:
+    row, n = rows[-1], min(3, facts.patience)
+    below, above = _last(rows, "clip_fraction_negative", n), _last(rows, "clip_fraction_positive", n)
+    if below is None or above is None or min(below) < 0.5 or min(below) < ONE_SIDED * max(above):
+        return None
+    negative, positive = below[-1], above[-1]
+    kl, length = _value(row, "kl_rollout_trainer"), _value(row, "response_length_mean") or 1.0
+    bears = largest_kl(facts.clip_low, length if facts.is_sequence_level else 1.0)
+    why = "log s is off centre"
+    if kl is not None and kl > bears:
+        why = f"train/rollout KL {kl:.2g} exceeds the {bears:.2g} that a clip of {facts.clip_low:g} bears"
+    return (
+        f"{negative:.0%} of negative-advantage sequences are clipped while {positive:.0%} of positive ones are: {why}; "
+        f"{'' if facts.recomputes else 'recompute old log-probs, or '}widen the clip, or lower the lr"
+    )
+
+
+CHECKS: dict[str, Callable[[Sequence[Row], Facts], str | None]] = {
+    "non_finite": _non_finite,
+    "gradient_spike": _gradient_spike,
+    "reward_collapse": _reward_collapse,
+    "entropy_floor": _entropy_floor,
+    "constant_reward": _constant_reward,
+    "stale_engine": _stale_engine,
+    "temperature": _temperature,
+    "other_weights": _other_weights,
+    "old_policy": _old_policy,
+    "clip_never": _clip_never,
+    "large_updates": _large_updates,
+    "one_sided_clip": _one_sided_clip,
+}
