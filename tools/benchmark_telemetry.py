@@ -77,7 +77,8 @@ def make_batches(tokens: int) -> tuple[list[StepBatch], Experience]:
             everyone.append(sequences[-1])
             left -= length
         micro = pack(sequences, pad_token_id=0, device=device)
-        batches.append(StepBatch([micro], num_global_sequences=len(sequences)))
+        tokens_here = sum(int(s.response_mask[1:].sum()) for s in sequences)
+        batches.append(StepBatch([micro], num_global_sequences=len(sequences), num_global_tokens=tokens_here))
     groups = [
         Group(
             Prompt(s.index, "", [0], None),
