@@ -123,7 +123,7 @@ def _cell(
             settings=cold,
             model=model.name,
             parent="",
-            seconds=60.0 * model.seconds,
+            seconds=spec.sft_seconds * model.seconds,
             title=f"cold start, {model.title}, seed {seed}",
         )
     origin = "" if parent is None else parent.id

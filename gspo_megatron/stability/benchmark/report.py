@@ -47,7 +47,7 @@ def missing_lines(plan: Plan, results: Mapping[str, Result], failures: Mapping[s
     """Every cell without a result, failed ones first and with what they said."""
     lines = []
     for cell in plan.cells.values():
-        if cell.id in failures:
+        if cell.id in failures and cell.id not in results:
             failure = failures[cell.id]
             last = next((line for line in reversed(failure["log"]) if line.strip()), "")
             lines.append(f"failed ({failure['reason']}): {cell.title}; cells/{cell.id}/log.txt ends: {last}")

@@ -135,6 +135,7 @@ class Spec:
     budget_minutes: float  # 0: none
     train_base: str  # TOML file that every training run starts from
     sft_base: str  # of the cold start; "": models have weights already
+    sft_seconds: float  # of a cold start, a guess until some are measured
     train: Settings
     sft: Settings
     models: Mapping[str, Model]
@@ -216,6 +217,7 @@ def read_spec(path: Path, root: Path) -> Spec:
         budget_minutes=float(top.take("budget_minutes", (int, float), 0)),
         train_base=base.take("train", str),
         sft_base=base.take("sft", str, ""),
+        sft_seconds=float(base.take("sft_seconds", (int, float), 60)),
         train=flatten(top.table("train", {})),
         sft=flatten(top.table("sft", {})),
         models=models,
