@@ -674,11 +674,15 @@ class MeasureSettings:
     """Held-out prompts, each with one response."""
     response_tokens: int = 512
     """Length of each of these responses: no stop token ends them."""
+    skip_tokens: int = 0
+    """lengths: tokens sampled before these and left out. A model trained on short answers is another one inside them
+    than behind them, and a change of noise along the response would pass for an effect of length."""
     updates: int = 1
     """lengths: rollout batches of training between before and after."""
 
     def __post_init__(self) -> None:
         _require_positive("measure", self, "updates")
+        _require(self.skip_tokens >= 0, f"measure.skip_tokens={self.skip_tokens} must be at least 0")
         _require(self.prompts >= 2, f"measure.prompts={self.prompts} must be at least 2: spreads are over responses")
         _require(
             self.response_tokens >= 16,

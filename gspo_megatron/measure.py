@@ -106,8 +106,8 @@ def _write(folder: Path, values: Values, curves: Curves) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def sample(job: Job, config: MeasureConfig) -> list[StepBatch]:
-    """Responses of measure.response_tokens tokens to held-out prompts, packed: no stop token ends them."""
+def sample(job: Job, config: MeasureConfig, *, skip: int = 0) -> list[StepBatch]:
+    """Responses of `skip` and measure.response_tokens tokens to held-out prompts, packed: no stop token ends them."""
     mine = []
     if job.groups.is_head:
         prompts = job.task.prompts("heldout", 0, config.measure.prompts)
@@ -115,7 +115,7 @@ def sample(job: Job, config: MeasureConfig) -> list[StepBatch]:
     params = SamplingParams(
         num_samples=1,
         temperature=config.rollout.temperature,
-        max_response_tokens=config.measure.response_tokens,
+        max_response_tokens=skip + config.measure.response_tokens,
         stop_token_ids=(),
         seed=config.run.seed * job.groups.layout.data + job.groups.coordinates.data,
     )
@@ -167,7 +167,8 @@ def logprobs(policy: MegatronPolicy, job: Job, batches: list[StepBatch], *, forc
 def lengths(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[Values, Curves]:
     """How ratios of long responses spread: `update`, between the policy before and after measure.updates rollout
     batches of training; `fp8`, between the engine with weights rounded to FP8, which samples them, and the policy."""
-    batches = sample(job, config)
+    skip = config.measure.skip_tokens
+    batches = sample(job, config, skip=skip)
     _, before = logprobs(policy, job, batches)
     algorithm = algorithms.build(config.algorithm, config.kernels.implementation)
     mismatch = algorithms.Mismatch.from_config(config.algorithm)
@@ -188,11 +189,11 @@ def lengths(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[Va
         sync_weights(policy, job, version=update + 1)
     _, after = logprobs(policy, job, batches)
     _sync_rounded(policy, job)
-    engine, trainer = logprobs(policy, job, sample(job, config))
+    engine, trainer = logprobs(policy, job, sample(job, config, skip=skip))
     values: Values = {}
     curves: Curves = {}
     for name, d in (("update", after - before), ("fp8", trainer - engine)):
-        some, lines = length_scaling(d, seed=config.run.seed)
+        some, lines = length_scaling(d[:, skip:], seed=config.run.seed)
         values |= prefixed(name, some)
         curves |= prefixed(name, lines)
     return values, curves

@@ -23,14 +23,14 @@ def length_scaling(d: np.ndarray, *, shortest: int = 8, seed: int = 0) -> tuple[
 
     For T = 8, 16, … up to the length: std over responses of log s = mean of the first T log-ratios and of log W = their
     sum; the largest token ratio among the first T tokens, mean over responses; std of a token's log-ratio. The same for
-    all blocks of T tokens instead of the first T (`_blocks`: no drift along the response), and with each position's
-    log-ratios dealt out anew over responses (`_independent`: what independent tokens would give).
+    all blocks of T tokens instead of the first T (`_blocks`: no drift along the response), and with all
+    log-ratios dealt out anew over responses and positions (`_independent`: what independent tokens would give).
 
     Slopes are least-squares fits of log y over log T.
     """
     lengths = [shortest * 2**i for i in range(20) if shortest * 2**i <= d.shape[1]]
     generator = np.random.default_rng(seed)
-    independent = np.stack([generator.permutation(column) for column in d.T], axis=1)
+    independent = generator.permutation(d.ravel()).reshape(d.shape)
     curves: Curves = {name: [] for name in _LENGTH_CURVES}
     for length in lengths:
         prefix, apart = d[:, :length], independent[:, :length]
