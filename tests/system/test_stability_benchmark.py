@@ -64,3 +64,23 @@ def test_a_killed_benchmark_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(found["gap"]["by_seed"]) == 2 and found["gap"]["mean"] > 0
     page = (folder / "report" / "report.html").read_text()
     assert "GSPO clips at least 10 times" in page and "Nothing: every cell is done." in page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_flips_and_precision_of_a_random_model_over_two_ranks(tmp_path: Path) -> None:
+    """The base config is tensor and expert parallel over two ranks."""
+    found = {}
+    for what in ("flips", "precision"):
+        words = [sys.executable, "-m", "gspo_megatron", "measure", "examples/quickstart/gspo.toml"]
+        words += ["--model.path", "examples/quickstart/model", "--model.init", "random", "--measure.what", what]
+        words += ["--run.folder", str(tmp_path / what), "--measure.prompts", "16", "--measure.response_tokens", "64"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[what] = json.loads((tmp_path / what / "measurement.json").read_text())["values"]
+    flips, precision = found["flips"], found["precision"]
+    assert 0 < flips["flip_0.01_token_rms"] < flips["flip_0.1_token_rms"] < flips["flip_1_token_rms"]
+    assert 0 < flips["flip_0.1_rms_ratio"] < 1
+    assert precision["engine_kl"] < 1e-9 < precision["fp8_kl"], "the same weights, and rounded ones"
+    assert precision["flip_0.01_kl"] < precision["flip_0.1_kl"]
+    assert precision["bias_0.001_negative"] == 1 and precision["bias_0.001_positive"] == 0
