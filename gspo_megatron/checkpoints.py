@@ -39,6 +39,7 @@ class TrainerState:
     samples_bytes: int
     optimizer_steps: int
     schedule_steps: int
+    engine_logprobs: int = 0  # 1: the engine's log-probabilities passed for old ones (old_logprobs.py)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -89,7 +90,7 @@ def read_trainer_state(folder: Path) -> TrainerState:
     names = TrainerState.__dataclass_fields__.keys()
     if (
         not isinstance(values, dict)
-        or values.keys() != names
+        or values.keys() | {"engine_logprobs"} != names  # which older ones lack
         or any(type(v) is not int or v < 0 for v in values.values())
     ):
         raise UserError(f"{path} must hold exactly the counts {', '.join(names)}")

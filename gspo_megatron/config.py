@@ -203,13 +203,13 @@ class AlgorithmConfig:
     """Accept a clip of 0.05 or more, GRPO's scale, under gspo, gspo_token or luspo, which then hardly ever clip."""
     old_logprobs: Literal["recompute", "rollout", "auto"] = "recompute"
     """Where the old policy's log-probabilities come from: the trainer, in a pass of its own; the rollout engine, which
-    ends the run where the two differ by more than the clip bears; or "auto", the engine as long as they do not. A
-    resumed run measures anew, and so does not repeat bit by bit what was not interrupted."""
+    ends the run where the two differ by more than the clip bears; or "auto", the engine as long as they do not."""
     old_logprobs_max_kl: float = 0.0
     """rollout, auto: largest KL of engine and trainer, nats a token. 0: at which it alone clips 5 % of the responses
     with a negative advantage; about 5e-5 for responses of 4096 tokens and clip_low 3e-4, less for shorter ones."""
     old_logprobs_every: int = 10
-    """rollout, auto: recompute and measure in the first and in every this many rollout batches."""
+    """rollout, auto: recompute and measure in the first and in every this many rollout batches. Batches in which
+    telemetry.every compares experts are recomputed too."""
     shuffle_advantages: bool = False
     """Control experiment: permute the advantages within each group, which must remove the gain."""
 

@@ -24,15 +24,17 @@ logger = logging.getLogger(__name__)
 class OldLogprobs:
     """Fills in old_logprobs by `algorithm.old_logprobs`. Every method is collective over all ranks.
 
-    The first rollout batch of each start and every n-th one are recomputed and measured: KL(engine ‖ trainer) per
-    token, as k3, against what the clip bears (stability/gate.py).
+    The first rollout batch and every n-th one are recomputed and measured: KL(engine ‖ trainer) per token, as k3,
+    against what the clip bears (stability/gate.py). So is the first of a resumed run, where the engine may be another;
+    if it passes, the batch trains on what it would have without the break.
     """
 
     def __init__(
         self, config: AlgorithmConfig, algorithm: Algorithm, policy: MegatronPolicy, groups: ProcessGroups
     ) -> None:
         self.config, self.algorithm, self.policy, self.groups = config, algorithm, policy, groups
-        self._is_open: bool | None = None  # None: not measured yet
+        self.is_open = False  # whether the engine's passed the last time; a checkpoint keeps it
+        self._has_measured = False  # in this start
         self._recompute_s = 0.0  # the last time
 
     def fill(self, batches: Sequence[StepBatch], batch: int, *, record_routes: bool = False) -> float | None:
@@ -51,16 +53,18 @@ class OldLogprobs:
             return None
         start = time.perf_counter()
         is_due = record_routes or (batch - 1) % self.config.old_logprobs_every == 0
-        if self._is_open and not is_due:
-            for micro in (m for b in batches for m in b.micro_batches if self.groups.is_last_stage):
-                micro.old_logprobs = micro.rollout_logprobs.clone()
-            return self._recompute_s - (time.perf_counter() - start)
-        self.policy.fill_old_logprobs(batches, record_routes=record_routes)
-        kl, tokens = self._measure(batches)
-        self._recompute_s = time.perf_counter() - start
-        limit = self.config.old_logprobs_max_kl or largest_kl(self._clip[0], tokens)
-        self._settle(kl <= limit, batch, kl, limit, tokens)  # NaN is not
-        return None
+        takes_engines = self.is_open and not is_due
+        if not takes_engines or not self._has_measured:
+            self.policy.fill_old_logprobs(batches, record_routes=record_routes)
+            kl, tokens = self._measure(batches)
+            self._recompute_s = time.perf_counter() - start
+            limit = self.config.old_logprobs_max_kl or largest_kl(self._clip[0], tokens)
+            self._settle(kl <= limit, batch, kl, limit, tokens)  # NaN is not
+        if not takes_engines or not self.is_open:
+            return None
+        for micro in (m for b in batches for m in b.micro_batches if self.groups.is_last_stage):
+            micro.old_logprobs = micro.rollout_logprobs.clone()
+        return self._recompute_s - (time.perf_counter() - start)
 
     @property
     def _clip(self) -> tuple[float, float]:
@@ -85,8 +89,9 @@ class OldLogprobs:
 
     def _settle(self, passes: bool, batch: int, kl: float, limit: float, tokens: float) -> None:
         """Open or close the gate, and say so when it closes."""
-        was_open, self._is_open = self._is_open is not False, passes
-        if passes or not was_open:
+        is_news = self.is_open or not self._has_measured
+        self.is_open, self._has_measured = passes, True
+        if passes or not is_news:
             return
         message = (
             f'algorithm.old_logprobs="{self.config.old_logprobs}": in rollout batch {batch} the engine\'s log-probs '

@@ -151,13 +151,22 @@ class Trainer:
     def state(self, batch: int, recorder: Recorder, counts: dict[str, int]) -> TrainerState:
         """What a checkpoint after `batch` holds besides the policy's tensors, whose counts are given."""
         metrics_bytes, samples_bytes = recorder.positions()
-        return TrainerState(batch, self.version, self.next_prompt, metrics_bytes, samples_bytes, **counts)
+        return TrainerState(
+            batch,
+            self.version,
+            self.next_prompt,
+            metrics_bytes,
+            samples_bytes,
+            engine_logprobs=int(self.old_logprobs.is_open),
+            **counts,
+        )
 
     def resume(self, state: TrainerState | None) -> int | None:
         """Go on from a checkpoint's state; returns the rollout batches that are done, None of a new run."""
         if state is None:
             return None
         self.version, self.next_prompt = state.policy_version - 1, state.next_prompt  # `sync` hands over the next one
+        self.old_logprobs.is_open = bool(state.engine_logprobs)
         return state.batch
 
     def save(self) -> None:

@@ -23,6 +23,7 @@ from gspo_megatron.device import current_device
 from gspo_megatron.errors import UserError
 from gspo_megatron.experience import Experience
 from gspo_megatron.job import Job, build_job
+from gspo_megatron.old_logprobs import OldLogprobs
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.policy.router import Router
 from gspo_megatron.recorder import BatchOutcome, Recorder
@@ -179,9 +180,11 @@ def _capture(trainer: Trainer, tokens: list[dict[str, Any]], gradients: list[dic
     trainer.policy.optimizer.step = capture_then_step
 
 
-def bypass(layout: dict[str, int], config: dict[str, Any], temperatures: list[float]) -> dict[str, Any]:
+def bypass(
+    layout: dict[str, int], config: dict[str, Any], temperatures: list[float], resumed: int = 0
+) -> dict[str, Any]:
     """Rollout batches of a real run, the trainer's temperature in each multiplied by a factor: where the old log-probs
-    came from, and what was said."""
+    came from, and what was said. Before batch `resumed` the gate is made anew, as a checkpoint has it."""
     groups = join(layout)
     settings = train_config(config)
     logged = _Messages()
@@ -194,6 +197,13 @@ def bypass(layout: dict[str, int], config: dict[str, Any], temperatures: list[fl
             for number, factor in enumerate(temperatures, start=1):
                 for chunk in trainer.policy.chunks:
                     chunk.module.temperature = settings.rollout.temperature * factor
+                if number == resumed:
+                    counts = {"optimizer_steps": 0, "schedule_steps": 0}
+                    state = trainer.state(number - 1, Recorder(job, "test", 1), counts)
+                    old = trainer.old_logprobs
+                    trainer.old_logprobs = OldLogprobs(old.config, old.algorithm, old.policy, old.groups)
+                    trainer.resume(state)
+                    trainer.version += 1
                 outcome = trainer.step(number)
                 micros = [m for b in outcome.mini_batches for m in b.micro_batches if m.old_logprobs is not None]
                 batches.append(

@@ -15,11 +15,19 @@ LAYOUTS = [{}, {"tensor": 2, "expert": 2}, {"pipeline": 2}, {"context": 2}]
 
 
 def run(
-    ranks: Callable[[int], RankPool], layout: dict[str, int], temperatures: list[float], **algorithm: Any
+    ranks: Callable[[int], RankPool],
+    layout: dict[str, int],
+    temperatures: list[float],
+    resumed: int = 0,
+    **algorithm: Any,
 ) -> list[dict[str, Any]]:
     config = {**CONFIG, "algorithm": {**CONFIG["algorithm"], "old_logprobs_every": 3, **algorithm}}
     return ranks(ParallelLayout(**layout).world_size).run(
-        "tests.distributed.telemetry_cases:bypass", layout=layout, config=config, temperatures=temperatures
+        "tests.distributed.telemetry_cases:bypass",
+        layout=layout,
+        config=config,
+        temperatures=temperatures,
+        resumed=resumed,
     )
 
 
@@ -73,6 +81,23 @@ def test_auto_recomputes_and_says_so_once(ranks: Callable[[int], RankPool]) -> N
     assert sources(results) == [False, False, False, False, False, True, False]
     assert [len(r["logged"]) for r in results] == [1, 0]
     assert "are recomputed from here on" in results[0]["logged"][0]
+
+
+@pytest.mark.parametrize(
+    ("factors", "used", "messages"),
+    [
+        ([1.0] * 5, [False, True, True, False, True], 0),  # as without the break
+        ([1.0, 1.0, 1.1, 1.1, 1.0], [False, True, False, False, False], 1),  # another engine
+        ([1.1] * 4 + [1.0], [False] * 5, 2),  # the new start says so too
+    ],
+    ids=["open", "closes", "closed"],
+)
+def test_a_resumed_run_measures_and_goes_on_as_it_was(
+    factors: list[float], used: list[bool], messages: int, ranks: Callable[[int], RankPool]
+) -> None:
+    [result] = run(ranks, {}, factors, resumed=3, old_logprobs="auto")
+    assert sources([result]) == used
+    assert len(result["logged"]) == messages
 
 
 def test_the_limit_can_be_set(ranks: Callable[[int], RankPool]) -> None:

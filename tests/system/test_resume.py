@@ -148,6 +148,20 @@ def test_three_kills_in_every_phase(layout: dict[str, int], tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("replay", "old_logprobs"), [("r2", "recompute"), ("r3", "auto")])
+def test_replay_and_the_engine_s_log_probs_go_on_as_they_were(replay: str, old_logprobs: str, tmp_path: Path) -> None:
+    settings = {"model.routing_replay": replay, "algorithm.old_logprobs": old_logprobs}
+    whole, broken = (Run(tmp_path / name, ONE, 4, **settings) for name in ("whole", "broken"))
+    whole.finish()
+    broken.kill("train", 2, "0")
+    broken.kill("rollout", 4, "0")
+    broken.finish()
+    check_equal(broken, whole, 4)
+    recomputed = [row["kl_rollout_trainer"] is not None for row in whole.rows()[1:]]
+    assert recomputed == ([True] * 4 if replay == "r2" else [True, False, False, False])
+
+
+@pytest.mark.slow
 def test_kills_before_the_first_checkpoint_and_in_a_pipeline(tmp_path: Path) -> None:
     whole, broken = (Run(tmp_path / name, STAGES, 4) for name in ("whole", "broken"))
     whole.finish()

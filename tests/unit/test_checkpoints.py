@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,15 @@ def test_a_checkpoint_appears_when_it_is_complete(tmp_path: Path) -> None:
     checkpoints.remove_partial(tmp_path)
     assert not list((tmp_path / "checkpoints").glob(".*"))
     assert checkpoints.read_trainer_state(made) == STATE and checkpoints.damage(made) == []
+
+
+def test_a_state_without_the_gate_is_read(tmp_path: Path) -> None:
+    values = asdict(replace(STATE, engine_logprobs=1))
+    checkpoints.write_json(tmp_path / checkpoints.TRAINER, values)
+    assert checkpoints.read_trainer_state(tmp_path).engine_logprobs == 1
+    del values["engine_logprobs"]
+    checkpoints.write_json(tmp_path / checkpoints.TRAINER, values)
+    assert checkpoints.read_trainer_state(tmp_path) == STATE
 
 
 @pytest.mark.parametrize(
