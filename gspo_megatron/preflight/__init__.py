@@ -18,6 +18,7 @@ from gspo_megatron.preflight.describe import (
     describe_memory,
     describe_packing,
     describe_replicas,
+    describe_routes,
     every,
 )
 from gspo_megatron.preflight.engine import check_engine, unread_engine_settings
@@ -67,6 +68,7 @@ def check_train(config: TrainConfig, *, folder: bool = True, here: bool = True) 
     rows = [
         *describe_common(config, fields),
         *describe_algorithm(algorithm),
+        *describe_routes(config),
         *describe_batch(config, algorithm),
         describe_packing(config),
         describe_memory(config, read_model(config.model.path)[0], fields, reference=bool(algorithm.kl_coefficient)),

@@ -78,6 +78,16 @@ def _describe_mismatch(algorithm: AlgorithmConfig) -> list[str]:
     return parts
 
 
+def describe_routes(config: TrainConfig) -> list[tuple[str, str]]:
+    """Whose experts training passes take, unless it is their own routers' choice alone."""
+    text = {
+        "r2": "replay r2: training takes the experts that the pass for the old log-probs chose",
+        "r3": "replay r3: old log-probs and training take the experts that the rollout engine chose",
+        "off": "no replay; the engine's experts are compared with the trainer's" if config.returns_routes else "",
+    }[config.model.routing_replay]
+    return [("routing", text)] if text else []
+
+
 def describe_batch(config: TrainConfig, algorithm: AlgorithmConfig) -> list[tuple[str, str]]:
     rollout, mini_batches = config.rollout, algorithm.mini_batches
     assert mini_batches is not None

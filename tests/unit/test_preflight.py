@@ -119,6 +119,20 @@ def test_description_of_a_training_run(config: TrainConfig) -> None:
     assert not Path(config.run.folder).exists()  # a check makes nothing
 
 
+@pytest.mark.parametrize(
+    ("replay", "routed_experts", "text"),
+    [
+        ("off", False, None),
+        ("off", True, "no replay; the engine's experts are compared with the trainer's"),
+        ("r2", False, "replay r2: training takes the experts that the pass for the old log-probs chose"),
+        ("r3", False, "replay r3: old log-probs and training take the experts that the rollout engine chose"),
+    ],
+)
+def test_whose_experts_are_taken(config: TrainConfig, replay: str, routed_experts: bool, text: str | None) -> None:
+    config = changed(changed(config, "model", routing_replay=replay), "rollout", routed_experts=routed_experts)
+    assert dict(preflight.check_train(config).rows).get("routing") == text
+
+
 def test_the_effective_clip_is_the_given_one(config: TrainConfig) -> None:
     text = preflight.check_train(changed(config, "algorithm", clip_low=2e-3, mini_batches=2)).describe()
     assert "clip to [1 − 0.002, 1 + 0.0004]" in text and "2 optimizer steps of 64" in text
