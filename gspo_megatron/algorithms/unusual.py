@@ -38,7 +38,7 @@ def warnings(config: AlgorithmConfig, algorithm: Algorithm, mode: Mode) -> list[
     return [
         *found,
         *_unusual_shapes(algorithm),
-        *_unusual_mismatch(algorithm, mode),
+        *(_unusual_mismatch(algorithm, mode) if config.old_logprobs == "recompute" else []),  # else the weight is 1
         *_unread_settings(config, algorithm, mode),
     ]
 

@@ -254,6 +254,7 @@ def test_warnings(given_settings: dict[str, Any], message: str) -> None:
         {"opsm_delta": 0.5},
         {"name": "grpo", "dual_clip": 3.0},
         {"name": "minirl", "mismatch_high": 3.0},
+        {"name": "minirl", "mismatch": "off", "old_logprobs": "auto"},  # as the refusal of truncate says
         *({"name": name} for name in ALGORITHMS),
     ],
 )
