@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from gspo_megatron.algorithms import Algorithm
+from gspo_megatron.algorithms.tokens import Responses
 from gspo_megatron.config import AlgorithmConfig
 from gspo_megatron.errors import UserError
 from gspo_megatron.groups import ProcessGroups
@@ -56,10 +57,10 @@ class OldLogprobs:
         takes_engines = self.is_open and not is_due
         if not takes_engines or not self._has_measured:
             self.policy.fill_old_logprobs(batches, record_routes=record_routes)
-            kl, tokens = self._measure(batches)
+            measured = self._measure(batches)
             self._recompute_s = time.perf_counter() - start
-            limit = self.config.old_logprobs_max_kl or largest_kl(self._clip[0], tokens)
-            self._settle(kl <= limit, batch, kl, limit, tokens)  # NaN is not
+            if measured is not None:
+                self._settle(batch, *measured)
         if not takes_engines or not self.is_open:
             return None
         for micro in (m for b in batches for m in b.micro_batches if self.groups.is_last_stage):
@@ -71,24 +72,28 @@ class OldLogprobs:
         assert self.algorithm.clip is not None, "without a clip old_logprobs_max_kl is set"
         return self.algorithm.clip
 
-    def _measure(self, batches: Sequence[StepBatch]) -> tuple[float, float]:
-        """(KL per token, tokens of a ratio: the mean response's, or 1 of a token ratio) over all ranks' sequences."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.policy.device)  # k3, tokens, sequences
+    def _measure(self, batches: Sequence[StepBatch]) -> tuple[float, float] | None:
+        """(KL per token, tokens of a ratio: the mean response's, or 1 of a token ratio) over all ranks' responses that
+        train; None where there is none, as where all are masked."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.policy.device)  # k3, tokens, responses
         for micro in (m for b in batches for m in b.micro_batches if m.old_logprobs is not None):
             if self.groups.coordinates.tensor == 0:
                 old, mask = micro.old_logprobs, micro.response_mask
                 assert old is not None
                 sums[0] += divergence_sums(old, old, micro.rollout_logprobs, mask)[0, 1]
                 sums[1] += mask.sum()
-                sums[2] += (micro.sequence_ids >= 0).sum() / self.groups.layout.context  # each rank has its share
+                lengths = Responses.of(micro, self.groups.sequence_group).num_tokens
+                sums[2] += (lengths > 0).sum() / self.groups.layout.context  # all of its ranks count them
         dist.all_reduce(sums, group=self.groups.world)
-        k3, tokens, sequences = sums.tolist()
+        k3, tokens, responses = sums.tolist()
         if tokens == 0:
-            return 0.0, 1.0
-        return k3 / tokens, tokens / sequences if self.algorithm.level == "sequence" else 1.0
+            return None
+        return k3 / tokens, tokens / responses if self.algorithm.level == "sequence" else 1.0
 
-    def _settle(self, passes: bool, batch: int, kl: float, limit: float, tokens: float) -> None:
+    def _settle(self, batch: int, kl: float, tokens: float) -> None:
         """Open or close the gate, and say so when it closes."""
+        limit = self.config.old_logprobs_max_kl or largest_kl(self._clip[0], tokens)
+        passes = kl <= limit  # NaN is not
         is_news = self.is_open or not self._has_measured
         self.is_open, self._has_measured = passes, True
         if passes or not is_news:

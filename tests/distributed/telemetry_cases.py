@@ -4,6 +4,7 @@ made of, token by token."""
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -181,10 +182,11 @@ def _capture(trainer: Trainer, tokens: list[dict[str, Any]], gradients: list[dic
 
 
 def bypass(
-    layout: dict[str, int], config: dict[str, Any], temperatures: list[float], resumed: int = 0
+    layout: dict[str, int], config: dict[str, Any], temperatures: list[float], resumed: int, trained: list[float]
 ) -> dict[str, Any]:
     """Rollout batches of a real run, the trainer's temperature in each multiplied by a factor: where the old log-probs
-    came from, and what was said. Before batch `resumed` the gate is made anew, as a checkpoint has it."""
+    came from, and what was said. Before batch `resumed` the gate is made anew, as a checkpoint has it; `trained` is the
+    share of a batch's responses that train, where it is not 1."""
     groups = join(layout)
     settings = train_config(config)
     logged = _Messages()
@@ -194,6 +196,7 @@ def bypass(
         with build_job(settings, groups) as job:
             trainer = Trainer(settings, job)
             trainer.sync()
+            _mask_responses(trainer, trained)
             for number, factor in enumerate(temperatures, start=1):
                 for chunk in trainer.policy.chunks:
                     chunk.module.temperature = settings.rollout.temperature * factor
@@ -219,6 +222,19 @@ def bypass(
     finally:
         logging.getLogger("gspo_megatron.old_logprobs").removeHandler(logged)
     return {"batches": batches, "error": None, "logged": logged.texts}
+
+
+def _mask_responses(trainer: Trainer, trained: list[float]) -> None:
+    learn = trainer.learn
+    rollout = trainer.config.rollout
+    total = rollout.prompts_per_batch * rollout.samples_per_prompt
+
+    def learn_some(sequences: list[Sequence], batch: int) -> Any:
+        share = trained[batch - 1] if batch <= len(trained) else 1.0
+        some = [replace(s, response_mask=s.response_mask & (s.index < share * total)) for s in sequences]
+        return learn(some, batch)
+
+    trainer.learn = learn_some  # type: ignore[method-assign]
 
 
 class _Messages(logging.Handler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ def run(
     layout: dict[str, int],
     temperatures: list[float],
     resumed: int = 0,
+    trained: tuple[float, ...] = (),
     **algorithm: Any,
 ) -> list[dict[str, Any]]:
     config = {**CONFIG, "algorithm": {**CONFIG["algorithm"], "old_logprobs_every": 3, **algorithm}}
@@ -28,6 +30,7 @@ def run(
         config=config,
         temperatures=temperatures,
         resumed=resumed,
+        trained=list(trained),
     )
 
 
@@ -98,6 +101,19 @@ def test_a_resumed_run_measures_and_goes_on_as_it_was(
     [result] = run(ranks, {}, factors, resumed=3, old_logprobs="auto")
     assert sources([result]) == used
     assert len(result["logged"]) == messages
+
+
+def test_a_batch_that_trains_nothing_measures_nothing(ranks: Callable[[int], RankPool]) -> None:
+    [result] = run(ranks, {}, [1.1, 1.1], trained=(0.0,), old_logprobs="rollout")
+    assert len(result["batches"]) == 1 and "in rollout batch 2 the engine's log-probs are" in result["error"]
+
+
+@pytest.mark.parametrize("layout", [{}, {"context": 2}], ids=name_of)
+def test_only_responses_that_train_are_counted(layout: dict[str, int], ranks: Callable[[int], RankPool]) -> None:
+    """A clip bears less KL over shorter responses; masked ones make none shorter."""
+    result = run(ranks, layout, [1.1], trained=(0.25,), old_logprobs="rollout")[0]
+    found = re.search(r"bears over (\d+) tokens", result["error"])
+    assert found and 6 <= int(found[1]) <= 12
 
 
 def test_the_limit_can_be_set(ranks: Callable[[int], RankPool]) -> None:
