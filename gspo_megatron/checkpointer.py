@@ -112,10 +112,10 @@ class Checkpointer:
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
-    def boundary(self, batch: int, state: Callable[[dict[str, int]], TrainerState]) -> bool:
+    def boundary(self, batch: int, state: Callable[[int, dict[str, int]], TrainerState]) -> bool:
         """After a rollout batch: save if it is due, and say whether to stop, which is agreed on by all ranks.
 
-        `state` makes the trainer's state of the policy's counts; it is called where something is saved.
+        `state` makes the trainer's state of the batch and the policy's counts; it is called where something is saved.
 
         Raises:
             CauseError: the run was to stop, but could not be saved.
@@ -140,7 +140,7 @@ class Checkpointer:
             self._say(f"stopped on {why} after rollout batch {batch}; the same command with --run.resume goes on")
         return bool(stop) and batch < total
 
-    def save(self, batch: int, state: Callable[[dict[str, int]], TrainerState]) -> None:
+    def save(self, batch: int, state: Callable[[int, dict[str, int]], TrainerState]) -> None:
         """Save after a rollout batch, due or not, and wait until it is written. All ranks have agreed on it."""
         if batch != self._newest:
             self._finish()
@@ -186,12 +186,12 @@ class Checkpointer:
                 f"{kept[0] if kept else 'none'}; the run goes on and tries again when the next is due\n"
             )
 
-    def _start(self, batch: int, make_state: Callable[[dict[str, int]], TrainerState]) -> None:
+    def _start(self, batch: int, make_state: Callable[[int, dict[str, int]], TrainerState]) -> None:
         """Copy the state and begin to write it."""
         views = self.policy.snapshot()
         is_copied = self.config.checkpoint.async_save or self.job.device.type == "cuda"
         snapshot = views.copied_to(self._memory) if is_copied else views
-        state = make_state(snapshot.counts)
+        state = make_state(batch, snapshot.counts)
         partial = checkpoints.folder_of(self.config.run.folder) / checkpoints.partial_of(batch)
         problem = ""
         if self.job.groups.rank == 0:

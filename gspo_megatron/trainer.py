@@ -66,17 +66,19 @@ class Trainer:
             with Recorder(self.job, "train", total, done=done).open() as recorder:
                 if done is None:
                     recorder.write(0, {"policy_version": 0}, evaluate(self.job, self.resync))
-                batch = done or 0
-                while not checkpoints.boundary(batch, partial(self.state, batch, recorder)) and batch < total:
+                batch, state = done or 0, partial(self.state, recorder)
+                stopped = checkpoints.boundary(batch, state)
+                while batch < total and not stopped:
                     batch += 1
                     with self.recorded(batch):
                         outcome = self.step(batch)
                     due = batch == total or (every > 0 and batch % every == 0)
                     recorder.batch(batch, outcome, evaluate(self.job, self.resync) if due else None)
                     if alarms := recorder.alarms():
-                        checkpoints.save(batch, partial(self.state, batch, recorder))
+                        checkpoints.save(batch, state)
                         raise CauseError(f"stopped by the watchdog after rollout batch {batch}: {'; '.join(alarms)}")
-        if batch < total:
+                    stopped = checkpoints.boundary(batch, state)
+        if stopped:
             return EXIT_STOPPED
         self.save()
         return EXIT_DONE
@@ -148,7 +150,7 @@ class Trainer:
         """Hand the present version's weights over again, to engines that were lost."""
         return sync_weights(self.policy, self.job, self.version)
 
-    def state(self, batch: int, recorder: Recorder, counts: dict[str, int]) -> TrainerState:
+    def state(self, recorder: Recorder, batch: int, counts: dict[str, int]) -> TrainerState:
         """What a checkpoint after `batch` holds besides the policy's tensors, whose counts are given."""
         metrics_bytes, samples_bytes = recorder.positions()
         return TrainerState(

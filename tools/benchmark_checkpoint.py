@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,19 +107,19 @@ def measure(trainer: Trainer, repetitions: int) -> Result:
         batch = 4 * repetition + 2
         alone = [train(trainer, number) for number in range(3)]
         start = time.perf_counter()
-        synchronous.boundary(batch, partial(state, batch))
+        synchronous.boundary(batch, state)
         synchronous_s = time.perf_counter() - start
         assert checkpoints.batch_of(checkpoints.complete(run)[0]) == batch
 
         batch += 2
         begun = time.perf_counter()
-        beside.boundary(batch, partial(state, batch))
+        beside.boundary(batch, state)
         stall = time.perf_counter() - begun
         busy = []
         while not (run / checkpoints.FOLDER / checkpoints.name_of(batch)).exists():
             busy.append(train(trainer, len(busy)))
             start = time.perf_counter()
-            beside.boundary(batch + 1, partial(state, batch + 1))
+            beside.boundary(batch + 1, state)
             stall += time.perf_counter() - start
         written = time.perf_counter() - begun
         beside._finish()
