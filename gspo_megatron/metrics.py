@@ -18,6 +18,8 @@ from gspo_megatron.errors import CauseError, UserError, nearest
 
 logger = logging.getLogger(__name__)
 
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+
 METRICS: dict[str, str] = {
     "step": "rollout batches done; 0 is before the first one (count)",
     "policy_version": "version of the weights the rollouts were sampled from (count of weight updates)",
@@ -227,11 +229,11 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._tensorboard = _open_tensorboard(folder, config, first_step) if tensorboard else None
         self._wandb_run = _open_wandb(folder, wandb_project, config) if wandb_project else None
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in (METRICS_FILE, SAMPLES_FILE):
             _drop_incomplete_line(folder / name)
         # Nothing is buffered: what did not fit on a full disk must not be tried again while the run ends.
-        self._metrics = (folder / "metrics.jsonl").open("ab", buffering=0)
-        self._samples = (folder / "samples.jsonl").open("ab", buffering=0)
+        self._metrics = (folder / METRICS_FILE).open("ab", buffering=0)
+        self._samples = (folder / SAMPLES_FILE).open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one rollout batch's metrics. Keys of METRICS that the row lacks are written as null.

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,10 +16,11 @@ from gspo_megatron.config import TrainConfig
 from gspo_megatron.evaluate import EvalResult
 from gspo_megatron.experience import Experience
 from gspo_megatron.job import Job
-from gspo_megatron.metrics import MetricsWriter
+from gspo_megatron.metrics import METRICS_FILE, MetricsWriter
 from gspo_megatron.policy.policy import StepResult
 from gspo_megatron.progress import Progress
 from gspo_megatron.stability.routing import route_metrics
+from gspo_megatron.stability.run_data import read_metrics
 from gspo_megatron.stability.watchdog import Facts, Finding, examine
 from gspo_megatron.types import Rollout, StepBatch
 from gspo_megatron.weight_sync import SyncReport
@@ -47,8 +49,12 @@ class Recorder:
         self.display = Progress(total, label, enabled=self.is_writer, unit=unit, completed=done or 0)
         self.writer: MetricsWriter | None = None
         self._errors_said: set[str] = set()
-        self._rows: list[dict[str, Any]] = []  # at rank 0, of this start
+        self._rows: list[dict[str, Any]] = []  # at rank 0, of the whole run
         self._findings: list[Finding] = []  # of the last row
+        self._facts: Facts | None = None  # None: of no run that the watchdog knows
+        if isinstance(job.config, TrainConfig):
+            resolved = dataclasses.replace(job.config, algorithm=algorithms.resolve(job.config.algorithm))
+            self._facts = Facts.of(dataclasses.asdict(resolved))
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Recorder]:
@@ -65,8 +71,16 @@ class Recorder:
                         first_step=None if self.done is None else self.done + 1,
                     )
                 )
+                self._recall()
             stack.enter_context(self.display)
             yield self
+
+    def _recall(self) -> None:
+        """Take up the rows of earlier starts, so that the watchdog finds what it would without a break."""
+        path = Path(self.job.config.run.folder) / METRICS_FILE
+        if self.done is not None and path.stat().st_size > 0:
+            self._rows, _ = read_metrics(path)
+            self._findings = examine(self._rows, self._facts) if self._facts is not None else []
 
     def positions(self) -> tuple[int, int]:
         """Where metrics.jsonl and samples.jsonl end, at rank 0; (0, 0) elsewhere."""
@@ -140,13 +154,11 @@ class Recorder:
 
     def _watch(self, row: dict[str, Any]) -> None:
         """Have the watchdog look at the newest row; say what was not said of the one before."""
-        config = self.job.config
-        if not isinstance(config, TrainConfig):
+        if self._facts is None:
             return
         self._rows.append(row)
         before = {finding.name for finding in self._findings}
-        resolved = dataclasses.replace(config, algorithm=algorithms.resolve(config.algorithm))
-        self._findings = examine(self._rows, Facts.of(dataclasses.asdict(resolved)))
+        self._findings = examine(self._rows, self._facts)
         for finding in self._findings:
             if finding.name not in before:
                 self.display.note(f"watchdog, batch {finding.step}: {finding.message}")

@@ -104,7 +104,12 @@ def _checked(path: Path, number: int, row: Row) -> Row:
     return row
 
 
-def _read_metrics(path: Path) -> tuple[list[Row], list[str]]:
+def read_metrics(path: Path) -> tuple[list[Row], list[str]]:
+    """(rows by step, notes for a reader) of a metrics.jsonl.
+
+    Raises:
+        UserError: it is empty, or has a malformed line before the last one.
+    """
     lines, notes = _read_json_lines(path)
     if not lines:
         reason = "no complete line" if notes else "nothing"
@@ -153,7 +158,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     metrics_path = folder / "metrics.jsonl"
     if not metrics_path.is_file():
         raise UserError(f"{folder} holds no metrics.jsonl; give the run.folder of a run that has started")
-    rows, notes = _read_metrics(metrics_path)
+    rows, notes = read_metrics(metrics_path)
     config, config_notes = _read_config(folder / "config.toml")
     samples, sample_notes = _read_samples(folder / "samples.jsonl")
     return Run(
