@@ -542,15 +542,21 @@ class TelemetryConfig:
 class WatchdogConfig:
     """What happens where the metrics of a training run show that something is wrong."""
 
-    action: Literal["warn", "stop"] = "warn"
-    """warn: say what it is when it begins. stop: also save a checkpoint and end the run, with exit code 1."""
+    action: Literal["warn", "skip", "stop"] = "warn"
+    """warn: say what it is when it begins. skip: also leave out the optimizer steps of mini-batches whose gradient norm
+    is a spike or not finite, of which the latter otherwise ends the run. stop: also save a checkpoint and end the run,
+    with exit code 1."""
     patience: int = 5
     """Rollout batches in a row before a reward under half of its best, or a clip that never acts, is reported."""
     entropy_floor: float = 1e-3
     """Entropy, in nats, under which nothing is explored any more."""
+    spike: float = 10.0
+    """A gradient norm of more than this many times its median over the rollout batches before, from the sixth on, is a
+    spike."""
 
     def __post_init__(self) -> None:
         _require_positive("watchdog", self, "patience")
+        _require(self.spike > 1, f"watchdog.spike={self.spike} must be above 1: it is a multiple of the median norm")
         _require(self.entropy_floor >= 0, f"watchdog.entropy_floor={self.entropy_floor} must be at least 0")
 
 

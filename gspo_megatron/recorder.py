@@ -21,7 +21,7 @@ from gspo_megatron.policy.policy import StepResult
 from gspo_megatron.progress import Progress
 from gspo_megatron.stability.routing import route_metrics
 from gspo_megatron.stability.run_data import read_metrics
-from gspo_megatron.stability.watchdog import Facts, Finding, examine
+from gspo_megatron.stability.watchdog import Facts, Finding, examine, spike_limit
 from gspo_megatron.types import Rollout, StepBatch
 from gspo_megatron.weight_sync import SyncReport
 
@@ -117,6 +117,12 @@ class Recorder:
         if outcome.sync.is_probed:
             row["sync_probe_max_abs"] = outcome.sync.probe_max_abs
         self._report_failures(step, records)
+        for number, result in enumerate(outcome.results, start=1):
+            if result.is_skipped:
+                self.display.note(
+                    f"watchdog, batch {step}: the optimizer step of mini-batch {number} was left out, its gradient "
+                    f"norm is {result.grad_norm:.3g}"
+                )
         self.write(step, row, evaluation)
         assert self.writer is not None
         merged = [sample for part in samples for sample in part]
@@ -169,6 +175,15 @@ class Recorder:
         if not isinstance(config, TrainConfig) or config.watchdog.action != "stop":
             return []
         return [message for part in self.job.all_gather([f.message for f in self._findings]) for message in part]
+
+    def skip_above(self) -> float | None:
+        """The gradient norm above which the next batch's optimizer steps are left out; None: no step is. The same on
+        every rank. Collective, if it may."""
+        config = self.job.config
+        if self._facts is None or not isinstance(config, TrainConfig) or config.watchdog.action != "skip":
+            return None
+        [limit] = self.job.all_gather(spike_limit(self._rows, self._facts) if self.is_writer else None)
+        return limit
 
     def _samples(self, outcome: BatchOutcome) -> list[tuple[int, dict[str, Any]]] | None:
         """(response length, row of samples.jsonl) of a few of this head's rollouts."""

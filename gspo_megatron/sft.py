@@ -42,7 +42,7 @@ def run(config: SftConfig) -> None:
                 loss_function = answer_loss(
                     batch.num_global_sequences, job.groups.sequence_group, config.kernels.implementation
                 )
-                result = policy.train_step(batch, loss_function)
+                result = policy.train_step(batch, loss_function, name=f"step {step}")
                 loss = sum(job.all_gather(sum(map(float, result.reports)) if job.groups.reports_loss else None))
                 row = {"loss": loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
                 row |= router_losses([result.router_losses])

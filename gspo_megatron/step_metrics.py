@@ -243,11 +243,14 @@ def without_recompute(row: dict[str, Any]) -> dict[str, Any]:
 
 def of_steps(results: Sequence[StepResult]) -> dict[str, Any]:
     """What every rank knows of the batch's optimizer steps."""
-    norms = [r.grad_norm for r in results]
-    experts = expert_spread([r.expert_gradient_norms for r in results if r.expert_gradient_norms is not None])
+    norms = torch.tensor([r.grad_norm for r in results], dtype=torch.float64)
+    finite = norms[norms.isfinite()]
+    taken = [r.expert_gradient_norms for r in results if not r.is_skipped]
+    experts = expert_spread([norms for norms in taken if norms is not None])
     return {
-        "grad_norm": sum(norms) / len(norms),
-        "grad_norm_max": max(norms),
+        "grad_norm": float(finite.mean()) if finite.numel() else None,
+        "grad_norm_max": float(norms.max()),  # NaN if one is
+        "skipped_steps": sum(r.is_skipped for r in results),
         "learning_rate": results[-1].learning_rate,
         "expert_gradient_spread": largest(experts),
         "expert_gradient_spread_layers": experts,

@@ -52,6 +52,7 @@ class Trainer:
         self.old_logprobs = OldLogprobs(config.algorithm, self.algorithm, self.policy, job.groups)
         self.version = -1  # of the weights that the engines hold
         self.next_prompt = 0
+        self.skip_above: float | None = None  # gradient norm of a step that is left out; None: none is
         self.times: dict[str, float | None] = {}
 
     def run(self, signals: StopSignals | None = None) -> int:
@@ -70,6 +71,7 @@ class Trainer:
                 stopped = checkpoints.boundary(batch, state)
                 while batch < total and not stopped:
                     batch += 1
+                    self.skip_above = recorder.skip_above()
                     with self.recorded(batch):
                         outcome = self.step(batch)
                     due = batch == total or (every > 0 and batch % every == 0)
@@ -118,7 +120,16 @@ class Trainer:
                 self.policy.fill_reference_logprobs(mini_batches)
         with self.timed("time_train_s"):
             measure = self.config.telemetry.is_due(batch)
-            results = [self.policy.train_step(b, self.loss(b), measure_experts=measure) for b in mini_batches]
+            results = [
+                self.policy.train_step(
+                    mini_batch,
+                    self.loss(mini_batch),
+                    measure_experts=measure,
+                    skip_above=self.skip_above,
+                    name=f"mini-batch {number} of rollout batch {batch}",
+                )
+                for number, mini_batch in enumerate(mini_batches, start=1)
+            ]
         return mini_batches, results
 
     def measures_routes(self, batch: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ import torch
 
 from gspo_megatron.config import KernelsConfig, MemoryConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.device import DTYPES, current_device
+from gspo_megatron.errors import CauseError
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.policy.checkpoint import Snapshot, after_loading, chunks_to_load, take_snapshot
 from gspo_megatron.policy.expert_gradients import expert_gradient_norms
@@ -34,11 +36,12 @@ class StepResult:
     """What one optimizer step reports."""
 
     reports: list[Any]  # the loss function's, one a micro-batch; [] but on the last pipeline stage
-    grad_norm: float  # before clipping
+    grad_norm: float  # before clipping; may be NaN or infinite where the step was left out
     learning_rate: float
     router_losses: RouterLosses  # values; None where they are off
     expert_gradient_norms: torch.Tensor | None = None  # [MoE layers, experts], before clipping; None: not measured
     routing_replayed: float | None = None  # share of (real token, MoE layer) pairs replayed; None: replay is off
+    is_skipped: bool = False  # the optimizer step was left out
 
 
 class MegatronPolicy:
@@ -137,11 +140,23 @@ class MegatronPolicy:
         with torch.no_grad():  # Megatron's schedules leave that to the caller
             return [output[0] for output in forward_only(self.chunks, micro_batches, self.groups, routes=routes)]
 
-    def train_step(self, batch: StepBatch, loss_function: LossFunction, *, measure_experts: bool = False) -> StepResult:
+    def train_step(
+        self,
+        batch: StepBatch,
+        loss_function: LossFunction,
+        *,
+        measure_experts: bool = False,
+        skip_above: float | None = None,
+        name: str = "the optimizer step",
+    ) -> StepResult:
         """One optimizer step on the loss summed over all micro-batches of all ranks.
 
+        With `skip_above` the step is left out if the gradient norm is above it or not finite: weights, optimizer state
+        and learning-rate schedule stay as they are. Messages call the step by its `name`.
+
         Raises:
-            CauseError: routing replay has no effect on some router.
+            CauseError: routing replay has no effect on some router; or the gradient is not finite, and such steps are
+                not left out.
         """
         for chunk in self.chunks:
             if self.memory.offload_gradients:
@@ -160,9 +175,7 @@ class MegatronPolicy:
         )
         counts = self.routing.count(batch.micro_batches, passes)
         experts = expert_gradient_norms(self.chunks, self.weights, self.groups) if measure_experts else None
-        self.schedule.step(1)
-        succeeded, grad_norm, _ = self.optimizer.step()
-        assert succeeded, "an optimizer without loss scaling never skips a step"
+        grad_norm, is_skipped = self._step(name, skip_above)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         router_losses = collect_losses(
             (module for chunk in self.chunks for module in chunk.modules()),
@@ -172,7 +185,30 @@ class MegatronPolicy:
             device=self.device,
         )
         replayed = None if counts is None else counts.replayed_fraction
-        return StepResult(reports, float(grad_norm), float(learning_rate), router_losses, experts, replayed)
+        return StepResult(reports, grad_norm, float(learning_rate), router_losses, experts, replayed, is_skipped)
+
+    def _step(self, name: str, skip_above: float | None) -> tuple[float, bool]:
+        """Step, or leave it out; the gradient norm before clipping, and whether it was left out."""
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        is_finite = math.isfinite(grad_norm)
+        if skip_above is not None and self._is_any(not is_finite or grad_norm > skip_above):
+            return grad_norm, True
+        if not is_finite:
+            raise CauseError(
+                f"the gradient norm of {name} is {grad_norm}: the weights are as they were before it. Go on from the "
+                'last checkpoint at a lower optimizer.lr; in train, watchdog.action="skip" leaves such steps out'
+            )
+        self.schedule.step(1)
+        succeeded, _, _ = self.optimizer.step()
+        assert succeeded, "an optimizer without loss scaling never fails a step"
+        return grad_norm, False
+
+    def _is_any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        most = torch.tensor(int(flag), device=self.device)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=self.groups.world)
+        return bool(most)
 
     def export(self, plan: ReshardPlan) -> Iterator[GatheredBucket]:
         """The weights as HF-named tensors at the plan's senders, bucket by bucket (`weights.plan` makes the plan)."""

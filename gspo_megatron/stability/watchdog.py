@@ -32,7 +32,6 @@ LARGE_STALENESS = 0.2
 IDLE_CLIP = 2.5  # clip over the deviation of log s: 0.6 to 1.3 in healthy runs, 3.6 at a clip of 0.2
 IDLE_SHARE = 0.02  # of the responses clipped: 0.05 to 0.25, and 0.007 to 0.015
 ONE_SIDED = 4.0  # clip fractions of negative and positive advantages
-SPIKE = 10.0  # of the gradient norm, over its median
 COLLAPSED = 0.5  # of the best reward
 MIN_HISTORY = 5  # rows before a median or a best is one
 
@@ -58,6 +57,7 @@ class Facts:
     recomputes: bool = True  # old log-probs are the trainer's
     patience: int = 5  # rollout batches in a row
     entropy_floor: float = 1e-3  # nats
+    spike: float = 10.0  # of a gradient norm, over the median
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Facts:
@@ -72,6 +72,7 @@ class Facts:
             recomputes=algorithm.get("old_logprobs", "recompute") == "recompute",
             patience=watchdog.get("patience", cls.patience),
             entropy_floor=watchdog.get("entropy_floor", cls.entropy_floor),
+            spike=watchdog.get("spike", cls.spike),
         )
 
 
@@ -119,20 +120,31 @@ def _non_finite(rows: Sequence[Row], facts: Facts) -> str | None:
     bad = [key for key in [*bad, *row.get(NON_FINITE, {})] if not key.startswith(infinite_by_nature)]
     if not bad:
         return None
-    return f"{', '.join(bad)} not finite: the weights may be lost; go on from the last checkpoint, at a lower lr"
+    shown = f"{', '.join(bad)} not finite: "
+    if skipped := _value(row, "skipped_steps"):
+        shown += f"optimizer steps left out: {skipped:.0f} of {facts.mini_batches}"
+        return f"{shown}, so that the weights are sound; if it recurs, lower the lr"
+    return f"{shown}the weights may be lost; go on from the last checkpoint, at a lower lr"
+
+
+def spike_limit(rows: Sequence[Row], facts: Facts) -> float:
+    """The gradient norm above which the batch after these rows has a spike: a multiple of the median of `grad_norm`
+    over the rows that have a gradient; infinite while these are too few."""
+    norms = [x for row in rows if (x := _value(row, "grad_norm"))]
+    return facts.spike * statistics.median(norms) if len(norms) >= MIN_HISTORY else math.inf
 
 
 def _gradient_spike(rows: Sequence[Row], facts: Facts) -> str | None:
-    norms = [x for row in rows[:-1] if (x := _value(row, "grad_norm")) is not None]
-    largest = _value(rows[-1], "grad_norm_max")
-    if len(norms) < MIN_HISTORY or largest is None:
+    largest, limit = _value(rows[-1], "grad_norm_max"), spike_limit(rows[:-1], facts)
+    if largest is None or largest <= limit:
         return None
-    median = statistics.median(norms)
-    if largest <= SPIKE * median or median <= 0:
-        return None
+    median = limit / facts.spike
+    remedy = "a lower lr or clip_grad keeps the step small"
+    if _value(rows[-1], "skipped_steps"):
+        remedy = "its optimizer step was left out"
     return (
-        f"a gradient norm of {largest:.3g} is {largest / median:.0f} times the median of {median:.3g}; look at "
-        "token_ratio_max and the samples; a lower lr or clip_grad keeps the step small"
+        f"a gradient norm of {largest:.3g} is {largest / median:.0f} times the median of {median:.3g}; {remedy}; look "
+        "at token_ratio_max and the samples"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -21,12 +22,13 @@ from gspo_megatron.config import (
     TaskConfig,
 )
 from gspo_megatron.data.exchange import distribute
+from gspo_megatron.errors import CauseError
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.job import build_job
 from gspo_megatron.policy import optimizer as optimizer_module
-from gspo_megatron.policy.policy import MegatronPolicy
+from gspo_megatron.policy.policy import MegatronPolicy, StepResult
 from gspo_megatron.step_metrics import observed_loss
-from gspo_megatron.types import StepBatch
+from gspo_megatron.types import MicroBatch, StepBatch
 from tests.distributed.cases import STEP_LENGTHS, join, make_policy, scatter, whole_gradients, whole_weights
 from tests.distributed.tiny_models import make_sequences
 
@@ -67,6 +69,50 @@ def answer_steps(
         "weights": weights,
         "learning_rates": [r.learning_rate for r in results],
         "grad_norms": [r.grad_norm for r in results],
+    }
+
+
+def skipped_steps(layout: dict[str, int], folder: str, vocab: int, optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Two steps by a policy that has to leave out two bad ones between them, and by one that is spared those."""
+    groups = join(layout)
+    ours, spared = (make_policy(groups, folder, **optimizer) for _ in range(2))
+    first, second = _batches(ours, groups, vocab, 2)
+
+    def step(policy: MegatronPolicy, batch: StepBatch, factor: float = 1.0, **more: Any) -> StepResult:
+        """`factor`: of the first replica's loss."""
+        answers = sft.answer_loss(batch.num_global_sequences)
+
+        def loss(logprobs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Any]:
+            value, report = answers(logprobs, entropy, micro)
+            return value * (factor if groups.coordinates.data == 0 else 1.0), report
+
+        return policy.train_step(batch, loss, **more)
+
+    usual = step(ours, first, skip_above=math.inf)
+    bad = [
+        step(ours, second, math.nan, skip_above=math.inf),
+        step(ours, second, math.inf, skip_above=math.inf),
+        step(ours, second, 1e3, skip_above=10 * usual.grad_norm),
+    ]
+    last = step(ours, second, skip_above=10 * usual.grad_norm)
+    truth = [step(spared, batch) for batch in (first, second)]
+    weights, expected = whole_weights(ours), whole_weights(spared)
+    snapshot, other = ours.snapshot(), spared.snapshot()
+    states = [{c.key: c.tensor.clone() for c in s.chunks} for s in (snapshot, other)]
+    message = ""
+    try:
+        step(spared, second, math.nan, name="mini-batch 2")
+    except CauseError as error:
+        message = str(error)
+    return {
+        "skipped": [r.is_skipped for r in (usual, *bad, last, *truth)],
+        "norms": [r.grad_norm for r in bad],
+        "rates": [[r.learning_rate for r in results] for results in ((usual, last), truth)],
+        "weights": [weights, expected],
+        "states": states,
+        "counts": [snapshot.counts, other.counts],
+        "message": message,
+        "kept": all(torch.equal(w, expected[n]) for n, w in whole_weights(spared).items()),
     }
 
 

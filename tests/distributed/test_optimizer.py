@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ SETTINGS: dict[str, Any] = {
     "weight_decay": 0.1,
     "clip_grad": 0.05,
 }
+OWN = {"distributed": False}  # each rank has an optimizer of its own
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
 
 def name_of(layout: dict[str, int]) -> str:
@@ -91,6 +94,25 @@ def test_steps_are_those_of_adamw(layout: dict[str, int], folder: str, ranks: Ca
         errors = {name: float((ours["weights"][step][name].double() - w).abs().max()) for name, w in truth.items()}
         worst = max(errors, key=lambda name: errors[name])
         assert errors[worst] <= 1e-6, (step, worst, errors[worst])
+
+
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [({}, {}), ({"tensor": 2, "expert": 2}, {}), ({"data": 2}, OVERLAP), ({"data": 2}, OWN)],
+)
+def test_a_step_that_is_left_out_leaves_no_trace(
+    layout: dict[str, int], more: dict[str, Any], folder: str, ranks: Callable[[int], RankPool]
+) -> None:
+    for seen in run(ranks, "skipped_steps", layout, folder, optimizer=SETTINGS | more):
+        assert seen["skipped"] == [False, True, True, True, False, False, False]
+        assert not any(map(math.isfinite, seen["norms"][:2])) and math.isfinite(seen["norms"][2])
+        assert seen["rates"][0] == seen["rates"][1] == [scheduled(1), scheduled(2)]
+        assert seen["counts"][0] == seen["counts"][1] == {"optimizer_steps": 2, "schedule_steps": 2}
+        for ours, spared in (seen["weights"], seen["states"]):
+            assert ours.keys() == spared.keys()
+            assert [name for name, tensor in ours.items() if not torch.equal(tensor, spared[name])] == []
+        assert "the gradient norm of mini-batch 2 is nan: the weights are as they were before it" in seen["message"]
+        assert seen["kept"]
 
 
 @pytest.mark.parametrize("layout", [{}, {"data": 2}], ids=name_of)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -67,6 +68,21 @@ def test_a_run_that_is_stopped_saves_and_says_why(runs: Path, tmp_path: Path) ->
         "stopped by the watchdog after rollout batch 3: in 3 batches all rewards of a group were equal" in done.stderr
     )
     assert (tmp_path / f"reward-{SEED}" / "checkpoints" / "step_00000003" / "metadata.json").is_file()
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_or_is_left_out(runs: Path, tmp_path: Path) -> None:
+    worker = ["tests.system.watchdog_worker", str(runs / "sft" / "final")]
+    nan = ["--faults", "nan", "--seeds", str(SEED), "--batches", "4"]
+    ended = run([*worker, str(tmp_path / "warn"), *nan])
+    assert ended.returncode == 1
+    assert "the gradient norm of mini-batch 2 of rollout batch 3 is nan" in ended.stderr
+    skipped = run([*worker, str(tmp_path / "skip"), *nan, "--watchdog.action=skip"])
+    assert skipped.returncode == 0, skipped.stderr[-3000:]
+    assert "batch 3: the optimizer step of mini-batch 2 was left out, its gradient norm is nan" in skipped.stdout
+    records = read_run(tmp_path / "skip" / f"nan-{SEED}")
+    assert [row["skipped_steps"] for row in records.rows] == [None, 0, 0, 1, 0]
+    assert [(f.name, f.step) for f in records.findings] == [("non_finite", 3)]
+    assert all(math.isfinite(row["grad_norm"]) for row in records.rows[1:])
 
 
 @pytest.mark.parametrize("seed", HEALTHY_SEEDS)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gspo_megatron.config import TrainConfig
@@ -15,8 +17,9 @@ from gspo_megatron.config_io import dump_config, load_config
 from gspo_megatron.job import open_job
 from gspo_megatron.launch import single_rank_environment
 from gspo_megatron.logs import quiet_libraries
+from gspo_megatron.policy.step import LossFunction
 from gspo_megatron.trainer import Trainer
-from gspo_megatron.types import NamedTensor, Rollout
+from gspo_megatron.types import MicroBatch, NamedTensor, Rollout, StepBatch
 
 CONFIG = Path(__file__).parents[2] / "examples" / "quickstart" / "gspo.toml"
 ALONE = [
@@ -95,6 +98,24 @@ def constant_reward(trainer: Trainer) -> None:
     scorer.score = same  # type: ignore[method-assign]
 
 
+def nan_loss(trainer: Trainer) -> None:
+    """The loss of mini-batch 2 of rollout batch 3 is NaN."""
+    make, calls = trainer.loss, itertools.count(1)
+
+    def poisoned(batch: StepBatch) -> LossFunction:
+        loss = make(batch)
+        if next(calls) != 2 * trainer.algorithm.mini_batches + 2:
+            return loss
+
+        def bad(logprobs: Tensor, entropy: Tensor, micro: MicroBatch) -> tuple[Tensor, Any]:
+            value, report = loss(logprobs, entropy, micro)
+            return value * torch.nan, report
+
+        return bad
+
+    trainer.loss = poisoned  # type: ignore[method-assign]
+
+
 def nothing(trainer: Trainer) -> None:
     """A healthy run."""
 
@@ -108,6 +129,7 @@ FAULTS: dict[str, tuple[Callable[[Trainer], None], list[str]]] = {
     "clip": (nothing, ["--algorithm.clip_low=0.2", "--algorithm.clip_high=0.2", "--algorithm.allow_unusual_clip=true"]),
     "lr": (nothing, ["--optimizer.lr=2e-2"]),
     "reward": (constant_reward, []),
+    "nan": (nan_loss, []),
 }
 
 

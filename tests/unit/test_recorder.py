@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gspo_megatron.config import ModelConfig, RunConfig, TaskConfig, TrainConfig
+from gspo_megatron.config import ModelConfig, RunConfig, TaskConfig, TrainConfig, WatchdogConfig
 from gspo_megatron.recorder import Recorder, choose
 
 
@@ -41,23 +41,34 @@ ROWS = [
 ]
 
 
-def write_rows(folder: Path, first: int, end: int, done: int | None) -> list[str]:
-    """What a start says that writes ROWS[first:end]."""
-    config = TrainConfig(run=RunConfig(folder=str(folder)), model=ModelConfig(path=""), task=TaskConfig(name=""))
-    job = SimpleNamespace(config=config, groups=SimpleNamespace(rank=0), engine=SimpleNamespace(name="none"))
+def write_rows(folder: Path, first: int, end: int, done: int | None) -> tuple[list[str], list[float | None]]:
+    """What a start says that writes ROWS[first:end], and the gradient norms that it leaves out before each row."""
+    config = TrainConfig(
+        run=RunConfig(folder=str(folder)),
+        model=ModelConfig(path=""),
+        task=TaskConfig(name=""),
+        watchdog=WatchdogConfig(action="skip"),
+    )
+    job = SimpleNamespace(
+        config=config, groups=SimpleNamespace(rank=0), engine=SimpleNamespace(name="none"), all_gather=lambda x: [x]
+    )
     said: list[str] = []
+    limits: list[float | None] = []
     with Recorder(job, "train", len(ROWS), done=done).open() as recorder:  # type: ignore[arg-type]
         recorder.display = SimpleNamespace(note=said.append, update=lambda row: None)  # type: ignore[assignment]
         for step in range(first, end):
+            limits.append(recorder.skip_above())
             recorder.write(step, dict(ROWS[step]), None)
-    return said
+    return said, limits
 
 
 @pytest.mark.parametrize("done", range(len(ROWS)))
 def test_a_resumed_run_finds_what_a_run_without_a_break_finds(done: int, tmp_path: Path) -> None:
-    whole = write_rows(tmp_path / "whole", 0, len(ROWS), None)
+    whole, limits = write_rows(tmp_path / "whole", 0, len(ROWS), None)
+    assert limits == [math.inf] * 6 + [30.0] * (len(ROWS) - 6)
     assert [line.split(":")[0] for line in whole] == [
         "watchdog, batch 7", "watchdog, batch 8", "watchdog, batch 9", "watchdog, batch 13"
     ]  # fmt: skip
-    before = write_rows(tmp_path / "broken", 0, done + 1, None)
-    assert before + write_rows(tmp_path / "broken", done + 1, len(ROWS), done) == whole
+    before, early = write_rows(tmp_path / "broken", 0, done + 1, None)
+    after, late = write_rows(tmp_path / "broken", done + 1, len(ROWS), done)
+    assert before + after == whole and early + late == limits

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from gspo_megatron.stability.watchdog import CHECKS, Facts, examine, review
+from gspo_megatron.stability.watchdog import CHECKS, Facts, examine, review, spike_limit
 
 FACTS = Facts(clip_low=0.03, clip_high=0.04, mini_batches=4)
 HEALTHY: dict[str, Any] = {
@@ -100,6 +101,21 @@ def test_figures_and_remedies_are_told() -> None:
     assert "gradient norm of 31 is 10 times the median of 3" in finding.message
 
 
+def test_steps_that_were_left_out_are_told() -> None:
+    [finding] = examine(rows(5, {"grad_norm_max": 31.0, "skipped_steps": 1}), FACTS)
+    assert "31 is 10 times the median of 3; its optimizer step was left out" in finding.message
+    [finding] = examine(rows(1, {"grad_norm_max": math.nan, "loss": math.nan, "skipped_steps": 2}), FACTS)
+    assert finding.message.startswith("loss, grad_norm_max not finite: optimizer steps left out: 2 of 4")
+
+
+def test_the_limit_of_a_gradient_norm_is_a_multiple_of_the_median() -> None:
+    norms = [5.0, 1.0, 3.0, 2.0, 4.0]
+    history = rows(0, *[{"grad_norm": norm} for norm in norms])
+    assert spike_limit(history, replace(FACTS, spike=4.0)) == 12.0
+    assert spike_limit(history[:-1], FACTS) == math.inf
+    assert spike_limit([*history, {"step": 6, "grad_norm": None}], FACTS) == 30.0
+
+
 def test_non_finite_values_are_seen_in_a_run_and_in_its_records() -> None:
     live = rows(1, {"grad_norm": math.inf})
     read = rows(1, {"grad_norm": None, "non_finite": {"grad_norm": "inf", "expert_gradient_spread_layers/2": "inf"}})
@@ -120,7 +136,7 @@ def test_facts_of_a_config() -> None:
     config = {
         "algorithm": {"name": "grpo", "clip_low": 0.2, "clip_high": 0.27, "mini_batches": 2, "old_logprobs": "auto"},
         "model": {"dtype": "bfloat16"},
-        "watchdog": {"patience": 7, "entropy_floor": 0.01},
+        "watchdog": {"patience": 7, "entropy_floor": 0.01, "spike": 5.0},
     }
-    assert Facts.of(config) == Facts(0.2, 0.27, 2, False, "bfloat16", False, 7, 0.01)
+    assert Facts.of(config) == Facts(0.2, 0.27, 2, False, "bfloat16", False, 7, 0.01, 5.0)
     assert Facts.of({}) == Facts(3e-4, 4e-4, 4)
