@@ -49,8 +49,8 @@ class Finding:
 class Facts:
     """What the watchdog knows of a run besides its rows."""
 
-    clip_low: float
-    clip_high: float
+    clip_low: float | None  # None: the algorithm has no clip
+    clip_high: float | None
     mini_batches: int
     is_sequence_level: bool = True
     dtype: str = "float32"
@@ -64,8 +64,8 @@ class Facts:
         """From a resolved config as nested plain values."""
         algorithm, model, watchdog = (config.get(k, {}) for k in ("algorithm", "model", "watchdog"))
         return cls(
-            clip_low=algorithm.get("clip_low") or 3e-4,
-            clip_high=algorithm.get("clip_high") or 4e-4,
+            clip_low=algorithm.get("clip_low"),
+            clip_high=algorithm.get("clip_high"),
             mini_batches=algorithm.get("mini_batches") or 4,
             is_sequence_level=algorithm.get("name", "gspo") in ("gspo", "gspo_token", "luspo"),
             dtype=model.get("dtype", "float32"),
@@ -239,10 +239,10 @@ def _old_policy(rows: Sequence[Row], facts: Facts) -> str | None:
     is_bypassed = _value(rows[-1], "time_logprobs_saved_s") is not None
     if gap is None or gap <= SAME_POLICY or is_bypassed:
         return None
+    clip = "" if facts.clip_low is None else f". The clip is {facts.clip_low:g} / {facts.clip_high:g}"
     return (
         f"|log s| is up to {gap:.2g} in mini-batch 1, where no weight has changed: old log-probs have lost precision "
-        f"(bfloat16 gives 1e-4 to 1e-2) or are of another policy; keep them in float32. The clip is "
-        f"{facts.clip_low:g} / {facts.clip_high:g}"
+        f"(bfloat16 gives 1e-4 to 1e-2) or are of another policy; keep them in float32{clip}"
     )
 
 
@@ -250,9 +250,11 @@ def _clip_never(rows: Sequence[Row], facts: Facts) -> str | None:
     n = facts.patience
     clipped, spread = _last(rows, "clip_fraction_sequence", n), _last(rows, "log_ratio_sequence_std", n)
     rates = [x for row in rows if (x := _value(row, "learning_rate")) is not None]
-    narrow = min(-math.log1p(-facts.clip_low), math.log1p(facts.clip_high))
     if facts.mini_batches < 2 or not facts.is_sequence_level or clipped is None or spread is None:
         return None
+    if facts.clip_low is None or facts.clip_high is None:
+        return None
+    narrow = min(-math.log1p(-facts.clip_low), math.log1p(facts.clip_high))
     if rates and min(rates[-n:]) < max(rates) / 2:  # at the end of a decay, or in the warm-up, little moves
         return None
     deviation = statistics.median(spread)
@@ -284,10 +286,14 @@ def _one_sided_clip(rows: Sequence[Row], facts: Facts) -> str | None:
         return None
     negative, positive = below[-1], above[-1]
     kl, length = _value(row, "kl_rollout_trainer"), _value(row, "response_length_mean") or 1.0
-    bears = largest_kl(facts.clip_low, length if facts.is_sequence_level else 1.0)
     why = "log s is off centre"
-    if kl is not None and kl > bears:
-        why = f"train/rollout KL {kl:.2g} exceeds the {bears:.2g} that a clip of {facts.clip_low:g} bears"
+    clip = facts.clip_low
+    if (
+        clip is not None
+        and kl is not None
+        and kl > (bears := largest_kl(clip, length if facts.is_sequence_level else 1.0))
+    ):
+        why = f"train/rollout KL {kl:.2g} exceeds the {bears:.2g} that a clip of {clip:g} bears"
     return (
         f"{negative:.0%} of negative-advantage sequences are clipped while {positive:.0%} of positive ones are: {why}; "
         f"{'' if facts.recomputes else 'recompute old log-probs, or '}widen the clip, or lower the lr"

@@ -139,4 +139,12 @@ def test_facts_of_a_config() -> None:
         "watchdog": {"patience": 7, "entropy_floor": 0.01, "spike": 5.0},
     }
     assert Facts.of(config) == Facts(0.2, 0.27, 2, False, "bfloat16", False, 7, 0.01, 5.0)
-    assert Facts.of({}) == Facts(3e-4, 4e-4, 4)
+    assert Facts.of({}) == Facts(None, None, 4)
+
+
+def test_an_algorithm_without_a_clip_is_told_nothing_of_clips() -> None:
+    facts = Facts.of({"algorithm": {"name": "sapo", "mini_batches": 4}})
+    idle = {"clip_fraction_sequence": 0.0, "clip_fraction_positive": 0.0, "clip_fraction_negative": 0.0}
+    assert names(rows(0, *[idle | {"log_ratio_sequence_std": 1e-5}] * 8), facts) == []
+    [finding] = examine(CASES["old_policy"], facts)
+    assert "clip" not in finding.message
