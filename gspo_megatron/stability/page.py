@@ -12,7 +12,7 @@ import numpy as np
 
 from gspo_megatron.metrics import LIST_METRICS, METRICS, TEXT_METRICS
 from gspo_megatron.stability.figure import DARK, LIGHT
-from gspo_megatron.stability.quantities import first_last_gain, first_last_means
+from gspo_megatron.stability.quantities import first_last_gain, first_last_means, last_list_means
 from gspo_megatron.stability.run_data import Row, Run, config_differences, flatten, pick_samples
 
 MAX_SHOWN_CHARACTERS = 20_000
@@ -163,6 +163,27 @@ def _metrics_table(runs: Sequence[Run]) -> str:
     )
 
 
+def _lists_table(runs: Sequence[Run]) -> str:
+    """What was measured of each mini-batch or MoE layer; empty without such metrics."""
+    rows = []
+    for key, meaning in METRICS.items():
+        lists = [last_list_means(run.rows, key) if key in LIST_METRICS else None for run in runs]
+        if all(values is None for values in lists):
+            continue
+        cells = [f"<td><code>{key}</code></td>", f'<td class="soft">{escape(meaning)}</td>']
+        cells += [f'<td class="run">{" · ".join(map(_number, values or [])) or "–"}</td>' for values in lists]
+        rows.append(cells)
+    if not rows:
+        return ""
+    names = [_run_heading(i, run) if len(runs) > 1 else "last 5" for i, run in enumerate(runs)]
+    head = ["<th>metric</th>", "<th>meaning</th>", *(f'<th class="run">{name}</th>' for name in names)]
+    return (
+        "<h3>By mini-batch and by MoE layer</h3>"
+        + _table(head, rows)
+        + '<p class="soft">In order, from the first; each the mean over the last five measurements.</p>'
+    )
+
+
 def _value(value: Any) -> str:
     return '<span class="soft">not set</span>' if value is None else f"<code>{escape(str(value))}</code>"
 
@@ -253,6 +274,7 @@ def render(runs: Sequence[Run], *, light_png: bytes, dark_png: bytes) -> str:
 {_picture(light_png, dark_png)}
 <h2>Metrics</h2>
 {_metrics_table(runs)}
+{_lists_table(runs)}
 {_configs(runs)}
 {_samples(runs)}
 </body>

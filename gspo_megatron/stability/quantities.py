@@ -25,6 +25,20 @@ def first_last_means(rows: Sequence[Mapping[str, Any]], key: str, n: int = 5) ->
     return float(np.mean(values[:n])), float(np.mean(values[-n:]))
 
 
+def last_list_means(rows: Sequence[Mapping[str, Any]], key: str, n: int = 5) -> list[float | None] | None:
+    """Mean of each place of a metric of several numbers over the last n rows that have it.
+
+    None in a place that none of them has, and altogether without such rows. Rows of another length than the last are
+    left out: their places are others'.
+    """
+    lists = [row[key] for row in rows if row.get(key) is not None][-n:]
+    if not lists:
+        return None
+    places = zip(*(values for values in lists if len(values) == len(lists[-1])), strict=True)
+    known = [[float(x) for x in values if x is not None] for values in places]
+    return [float(np.mean(values)) if values else None for values in known]
+
+
 def first_last_gain(rows: Sequence[Mapping[str, Any]], n: int = 5) -> float | None:
     """Mean reward of the last n rollout batches minus that of the first n.
 

@@ -9,6 +9,7 @@ from gspo_megatron.stability.quantities import (
     clip_band,
     first_last_gain,
     first_last_means,
+    last_list_means,
     moving_mean,
     smoothing_window,
 )
@@ -58,3 +59,10 @@ def test_clip_band_is_in_log_ratio() -> None:
     assert clip_band({"algorithm": {"clip_low": 0.2}}) is None
     assert clip_band({}) is None
     assert clip_band(None) is None
+
+
+def test_means_of_a_metric_of_several_numbers() -> None:
+    rows = [{"x": [9.0]}, {"x": None}, {}, {"x": [1.0, None, None]}, {"x": [3.0, 4.0, None]}]
+    assert last_list_means(rows, "x") == [2.0, 4.0, None]
+    assert last_list_means(rows, "x", 1) == [3.0, 4.0, None]
+    assert last_list_means(rows, "y") is None

@@ -129,6 +129,21 @@ def test_unmeasured_panels_say_so(tmp_path: Path) -> None:
     assert "rollout engine: not recorded" in shown
 
 
+def test_metrics_of_several_numbers_are_shown_place_by_place(tmp_path: Path) -> None:
+    clip = "clip_fraction_sequence_mini_batches"
+    rows = [row(step, **{clip: [0.0, step / 100, None]}) for step in range(1, 8)]
+    rows[0]["expert_change_fraction_layers"] = [0.125, 0.25]
+    folder = make_run(tmp_path / "run", rows)
+    write_report([folder])
+    text = Page(folder / "report.html").text
+    assert "By mini-batch and by MoE layer" in text
+    assert "0 · 0.05 · –" in text, "the mean of the last five"
+    assert "0.125 · 0.25" in text
+    folder = make_run(tmp_path / "other", [row(1)])
+    write_report([folder])
+    assert "By mini-batch" not in Page(folder / "report.html").text
+
+
 def test_an_evaluation_alone_can_be_reported(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", [{"step": 0, "eval_reward_mean": 0.5}])
     shown = texts(build_figure([read_run(folder)]))
