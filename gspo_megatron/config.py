@@ -236,11 +236,6 @@ class AlgorithmConfig:
             f"algorithm.old_logprobs_max_kl={self.old_logprobs_max_kl} must be at least 0, e.g. 5e-5; 0: by the clip",
         )
         _require(
-            self.old_logprobs == "recompute" or self.mismatch in (None, "off"),
-            f"algorithm.mismatch=\"{self.mismatch}\" weights tokens by the trainer's old log-probs over the engine's; "
-            f'with algorithm.old_logprobs="{self.old_logprobs}" they are the same. Use old_logprobs="recompute"',
-        )
-        _require(
             self.mismatch_low is None or self.mismatch_low >= 0,
             f"algorithm.mismatch_low={self.mismatch_low} must be at least 0",
         )

@@ -56,9 +56,6 @@ def test_engine_log_probs_are_refused_where_the_trainers_are_needed(write: Write
     assert 'use old_logprobs="recompute", or routing_replay="r3"' in refusal(
         write(MINIMAL), bypass, "--model.routing_replay=r2"
     )
-    assert 'with algorithm.old_logprobs="auto" they are the same' in refusal(
-        write(MINIMAL), bypass, "--algorithm.mismatch=truncate"
-    )
     assert load_config(TrainConfig, write(MINIMAL), [bypass, "--model.routing_replay=r3"]).returns_routes
 
 

@@ -195,6 +195,7 @@ def test_settings_that_must_be_positive(setting: str) -> None:
     ("settings", "message"),
     [
         ({"name": "minirl"}, r'minirl weighs by the trainer/engine ratio \(mismatch="truncate"\), which is then 1'),
+        ({"mismatch": "mask"}, r'gspo weighs by the trainer/engine ratio \(mismatch="mask"\), which is then 1'),
         ({"name": "sapo"}, r"sapo has no clip to tell.*old_logprobs_max_kl, e.g. 5e-5"),
         ({"name": "cispo"}, r"cispo has no clip to tell.*old_logprobs_max_kl, e.g. 5e-5"),
     ],
@@ -202,7 +203,7 @@ def test_settings_that_must_be_positive(setting: str) -> None:
 def test_the_engine_s_log_probs_are_refused_where_they_cannot_be_judged(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(AlgorithmConfig(old_logprobs="auto", **settings))
-    build(AlgorithmConfig(old_logprobs="auto", old_logprobs_max_kl=1e-4, mismatch="off", **settings))
+    build(AlgorithmConfig(**settings | {"old_logprobs": "auto", "old_logprobs_max_kl": 1e-4, "mismatch": "off"}))
 
 
 def test_a_band_that_keeps_nothing_is_refused() -> None:
