@@ -202,7 +202,7 @@ def bypass(
                     chunk.module.temperature = settings.rollout.temperature * factor
                 if number == resumed:
                     counts = {"optimizer_steps": 0, "schedule_steps": 0}
-                    state = trainer.state(number - 1, Recorder(job, "test", 1), counts)
+                    state = trainer.state(Recorder(job, "test", 1), number - 1, counts)
                     old = trainer.old_logprobs
                     trainer.old_logprobs = OldLogprobs(old.config, old.algorithm, old.policy, old.groups)
                     trainer.resume(state)
