@@ -31,7 +31,7 @@ from gspo_megatron.stability.benchmark.measurements import (
     ratio_change,
 )
 from gspo_megatron.step_metrics import observed_loss
-from gspo_megatron.types import Group, NamedTensor, StepBatch
+from gspo_megatron.types import Group, NamedTensor, RecordedRoutes, StepBatch
 from gspo_megatron.types import Sequence as TrainSequence
 from gspo_megatron.weight_sync import generate, sync_weights
 from gspo_megatron.weights.families import load_fields
@@ -60,7 +60,7 @@ def run(config: MeasureConfig) -> None:
             config.optimizer,
             job.groups,
             seed=config.run.seed,
-            total_steps=config.measure.updates * algorithm.mini_batches,
+            total_steps=config.train.rollout_batches * algorithm.mini_batches,
             temperature=config.rollout.temperature,
             memory=config.memory,
             kernels=config.kernels,
@@ -142,7 +142,8 @@ def logprobs(policy: MegatronPolicy, job: Job, batches: list[StepBatch], *, forc
     Collective. `forced`: the experts are those of the micro-batches' routes; else the routers choose, and their choice
     is recorded where the policy can force one.
     """
-    policy.fill_old_logprobs(batches, record_routes=policy.routing.mode == "r3", replay=forced)
+    # A forced pass would record what routers choose for hidden states that other experts made.
+    policy.fill_old_logprobs(batches, record_routes=policy.routing.mode == "r3" and not forced, replay=forced)
     mine: dict[int, tuple[list[float], list[float]]] = {}
     if job.groups.reports_loss:
         for micro in (m for batch in batches for m in batch.micro_batches):
@@ -208,10 +209,11 @@ def flips(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[Valu
     """Ratios between the policy with a share of its routes flipped at random and the same policy, same weights."""
     batches = sample(job, config)
     _, own = logprobs(policy, job, batches)
+    routes = own_routes(batches)
     values: Values = {}
     curves: Curves = {"share": list(FLIPS)}
     for share in FLIPS:
-        flip_routes(policy, batches, share, seed=config.run.seed)
+        flip_routes(policy, batches, routes, share, seed=config.run.seed)
         d = logprobs(policy, job, batches, forced=True)[1] - own
         change = ratio_change(d)
         change["rms_ratio"] = float(change["sequence_rms"] or 0) / max(float(change["token_rms"] or 0), 1e-30)
@@ -222,16 +224,25 @@ def flips(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[Valu
     return values, curves
 
 
-def flip_routes(policy: MegatronPolicy, batches: list[StepBatch], share: float, *, seed: int) -> None:
-    """Give the micro-batches the recorded routes, but with one expert replaced by another in `share` of the (token,
-    layer) pairs."""
+def own_routes(batches: list[StepBatch]) -> list[RecordedRoutes]:
+    """What the routers chose in a pass that forced nothing, by micro-batch."""
+    found = [micro.recorded for batch in batches for micro in batch.micro_batches]
+    assert all(routes is not None for routes in found)
+    return found  # type: ignore[return-value]
+
+
+def flip_routes(
+    policy: MegatronPolicy, batches: list[StepBatch], own: list[RecordedRoutes], share: float, *, seed: int
+) -> None:
+    """Give the micro-batches the routers' own routes, but with one expert replaced by another in `share` of the (token,
+    layer) pairs, those of the prompt among them."""
     num_experts = policy.fields.num_experts
     assert num_experts is not None
     generator = torch.Generator().manual_seed(seed * policy.groups.layout.world_size + policy.groups.rank)
-    for micro in (m for batch in batches for m in batch.micro_batches):
-        assert micro.recorded is not None
-        micro.routes = flip_experts(micro.recorded.experts.cpu(), share, num_experts, generator).to(policy.device)
-        micro.routes_valid = micro.recorded.is_real
+    micro_batches = [micro for batch in batches for micro in batch.micro_batches]
+    for micro, routes in zip(micro_batches, own, strict=True):
+        micro.routes = flip_experts(routes.experts.cpu(), share, num_experts, generator).to(policy.device)
+        micro.routes_valid = routes.is_real
 
 
 def flip_experts(experts: Tensor, share: float, num_experts: int, generator: torch.Generator) -> Tensor:
@@ -261,8 +272,9 @@ def precision(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[
     batches = sample(job, config)
     engine, exact = logprobs(policy, job, batches)
     flipped = {}
-    for share in FLIPS_OF_PRECISION if policy.routing.mode == "r3" else ():
-        flip_routes(policy, batches, share, seed=config.run.seed)
+    routes = own_routes(batches) if policy.routing.mode == "r3" else []
+    for share in FLIPS_OF_PRECISION if routes else ():
+        flip_routes(policy, batches, routes, share, seed=config.run.seed)
         flipped[f"flip_{share:g}"] = logprobs(policy, job, batches, forced=True)[1] - engine
     _sync_rounded(policy, job)
     rounded = logprobs(policy, job, sample(job, config))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from types import SimpleNamespace
+from typing import Any
 
-from gspo_megatron.measure import flip_experts, to_fp8
+import torch
+from torch import Tensor
+
+from gspo_megatron.measure import flip_experts, flip_routes, logprobs, own_routes, to_fp8
+from gspo_megatron.types import RecordedRoutes
 
 
 def test_fp8_keeps_each_rows_maximum_and_three_bits_of_mantissa() -> None:
@@ -29,3 +34,47 @@ def test_a_flip_replaces_one_expert_by_one_that_was_not_chosen() -> None:
         assert (kept[is_flipped] == 1).all()
         assert abs(float(is_flipped.float().mean()) - share) < 0.02
     assert torch.equal(flip_experts(experts, 0.0, 8, generator), experts)
+
+
+class _Policy:
+    """Of a policy what `logprobs` and `flip_routes` use. As the real one's, its routers choose other experts once some
+    are forced."""
+
+    def __init__(self) -> None:
+        self.routing = SimpleNamespace(mode="r3")
+        self.fields = SimpleNamespace(num_experts=8)
+        self.groups = SimpleNamespace(layout=SimpleNamespace(world_size=1), rank=0)
+        self.device = torch.device("cpu")
+        self.forced: list[Tensor] = []  # [T, layers, k] experts of every forced pass
+
+    def fill_old_logprobs(self, batches: list[Any], *, record_routes: bool, replay: bool) -> None:
+        for micro in batches[0].micro_batches:
+            micro.old_logprobs = torch.zeros(400)
+            if replay:
+                self.forced.append(micro.routes)
+            experts = torch.full((400, 3, 2), 6 if replay else 0, dtype=torch.int16)
+            experts[..., 1] += 1
+            is_real = torch.ones(400, dtype=torch.bool)
+            told = RecordedRoutes((0, 1, 2), 0, is_real, experts, torch.zeros(3), torch.zeros(3, 8))
+            micro.recorded = told if record_routes else None
+
+
+def test_every_share_is_flipped_of_the_own_routes_and_not_of_those_under_the_last_flips() -> None:
+    count = 400
+    micro: Any = SimpleNamespace(
+        cu_seqlens=torch.tensor([0, count]),
+        sequence_ids=torch.tensor([0]),
+        response_mask=torch.ones(count, dtype=torch.bool),
+        rollout_logprobs=torch.zeros(count),
+    )
+    policy: Any = _Policy()
+    job: Any = SimpleNamespace(groups=SimpleNamespace(reports_loss=True), all_gather=lambda value: [value])
+    batches: Any = [SimpleNamespace(micro_batches=[micro])]
+    logprobs(policy, job, batches)
+    own = own_routes(batches)
+    for share in (0.0, 0.1, 0.3):
+        flip_routes(policy, batches, own, share, seed=1)
+        logprobs(policy, job, batches, forced=True)
+        differs = (policy.forced[-1].sort(-1).values != own[0].experts.sort(-1).values).any(-1)
+        assert abs(float(differs.float().mean()) - share) < 0.04
+    assert float(policy.forced[0].float().mean()) == 0.5, "nothing flipped: the own experts 0 and 1"
