@@ -30,6 +30,8 @@ SPEC_FILE = "benchmark.toml"
 MEASUREMENT = "measurement.json"  # what `measure` writes into its run folder
 FINISHED = "finished"  # what `train` writes into it at its end
 _PR_SET_PDEATHSIG = 1
+# A cell that runs this many times as long as estimated, and longer than half an hour, hangs.
+TIMEOUT_FACTOR, TIMEOUT_AT_LEAST_S = 10.0, 1800.0
 Say = Callable[[str], None]
 
 
@@ -157,6 +159,8 @@ class _Running:
     lock: IO[str]
     log: IO[bytes]
     start: float
+    timeout_s: float
+    timed_out: bool = False
 
 
 def run_cells(
@@ -167,6 +171,7 @@ def run_cells(
     slots: int,
     budget_s: float | None = None,
     only: set[str] | None = None,
+    timeout_at_least_s: float = TIMEOUT_AT_LEAST_S,
     say: Say = print,
 ) -> Outcome:
     """Run all cells that have no result yet, `slots` at once, parents first; returns when nothing more can be done.
@@ -174,6 +179,7 @@ def run_cells(
     Args:
         budget_s: no cell is started that would end, by its estimate, later than this.
         only: ids of the cells to run; None: all.
+        timeout_at_least_s: a cell is ended, and has failed, after 10 times its estimate, but not before this.
     """
     start = time.monotonic()
     results = read_results(plan, place)
@@ -188,11 +194,19 @@ def run_cells(
             left = None if budget_s is None else budget_s - (time.monotonic() - start)
             while len(running) < slots and (cell := _next(waiting, results, running, guess, left, outcome)) is not None:
                 waiting.remove(cell)
-                started = _start(spec, cell, place)
-                if started is None:
+                timeout_s = max(timeout_at_least_s, TIMEOUT_FACTOR * guess[cell.id])
+                started = _start(spec, cell, place, timeout_s)
+                if isinstance(started, Result):
+                    results[cell.id] = started
+                    total -= 1
+                elif started is None:
                     outcome.busy.append(cell)
                 else:
                     running.append(started)
+            for job in running:
+                if not job.timed_out and time.monotonic() - job.start > job.timeout_s:
+                    job.timed_out = True
+                    job.process.kill()
             for job in [r for r in running if r.process.poll() is not None]:
                 running.remove(job)
                 result = _finish(job, place)
@@ -244,9 +258,9 @@ def _next(
     return None
 
 
-def _start(spec: Spec, cell: Cell, place: Workplace) -> _Running | None:
-    """The cell's process; None if another process has it. The lock is the child's as well, so that it holds as long
-    as either lives."""
+def _start(spec: Spec, cell: Cell, place: Workplace, timeout_s: float) -> _Running | Result | None:
+    """The cell's process; its result if another benchmark has just written one; None if another has the cell. The lock
+    is the child's as well, so that it holds as long as either lives."""
     folder = place.cell(cell.id)
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / ".lock").open("w")
@@ -255,6 +269,9 @@ def _start(spec: Spec, cell: Cell, place: Workplace) -> _Running | None:
     except OSError:
         lock.close()
         return None
+    if (done := read_result(folder)) is not None:
+        lock.close()
+        return done
     (folder / FAILURE).unlink(missing_ok=True)
     words = command_line(spec, cell, place)
     write_atomically(folder / "cell.json", {"title": cell.title, "command": words, "settings": cell.settings})
@@ -271,7 +288,7 @@ def _start(spec: Spec, cell: Cell, place: Workplace) -> _Running | None:
         pass_fds=[lock.fileno()],
         preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )
-    return _Running(cell, process, lock, log, time.monotonic())
+    return _Running(cell, process, lock, log, time.monotonic(), timeout_s)
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -290,6 +307,13 @@ def _finish(job: _Running, place: Workplace) -> Result | None:
     folder = place.cell(job.cell.id)
     code = job.process.returncode
     try:
+        if job.timed_out:
+            _fail(
+                folder,
+                f"ended after {seconds:.0f} s, more than {TIMEOUT_FACTOR:g} times its estimate; if it did not hang, "
+                "raise `seconds` of its grid, or sft_seconds",
+            )
+            return None
         if code:
             _fail(folder, f"exit code {code}")
             return None

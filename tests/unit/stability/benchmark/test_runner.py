@@ -124,6 +124,31 @@ def test_a_cell_of_another_process_is_left_to_it(tmp_path: Path) -> None:
     assert [cell.id for cell in outcome.busy] == [first] and calls(tmp_path) == []
 
 
+def test_what_another_process_has_done_meanwhile_is_not_run_again(tmp_path: Path) -> None:
+    spec, plan = write_root(tmp_path)
+    place = workplace(tmp_path)
+    ran: list[int] = []
+
+    def other_benchmark(text: str) -> None:
+        """Runs everything while the first cell's end is told."""
+        if not ran:
+            ran.append(run_cells(spec, plan, place, slots=2, say=quiet).done)
+
+    outcome = run_cells(spec, plan, place, slots=1, say=other_benchmark)
+    assert outcome.done == 1 and ran == [7] and not outcome.left_out and len(calls(tmp_path)) == 8
+
+
+def test_a_cell_that_hangs_has_failed_with_a_remedy(tmp_path: Path) -> None:
+    spec, plan = write_root(tmp_path, SPEC.replace("seconds = 10 }", "seconds = 0.01 }"))
+    place = workplace(tmp_path)
+    (tmp_path / "slow").touch()  # 60 s under GRPO
+    start = time.monotonic()
+    outcome = run_cells(spec, plan, place, slots=2, timeout_at_least_s=3.0, say=quiet)
+    assert {c.settings["algorithm.name"] for c in outcome.failed} == {"grpo"} and time.monotonic() - start < 40
+    failure = next(iter(read_failures(plan, place).values()))
+    assert "times its estimate" in failure["reason"] and "raise `seconds`" in failure["reason"]
+
+
 def test_a_folder_of_another_benchmark_is_refused(tmp_path: Path) -> None:
     spec, _ = write_root(tmp_path)
     claim_folder(spec, tmp_path / "runs")
