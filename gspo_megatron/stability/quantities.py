@@ -83,3 +83,15 @@ def clip_band(config: Mapping[str, Any] | None) -> tuple[float, float] | None:
     if low is None or high is None:
         return None
     return math.log1p(-low), math.log1p(high)
+
+
+COLLAPSED = 0.5  # of the best reward
+
+
+def collapsed_from(rewards: Sequence[float], batches: int) -> float | None:
+    """Collapse: each of the last `batches` rewards is under half of the best mean of as many in a row. Returns that
+    best mean if so; None if not, or where there are fewer than twice as many rewards."""
+    if len(rewards) < 2 * batches:
+        return None
+    best = max(math.fsum(rewards[i : i + batches]) / batches for i in range(len(rewards) - batches + 1))
+    return best if max(rewards[-batches:]) < COLLAPSED * best else None

@@ -14,6 +14,7 @@ from typing import Any
 
 from gspo_megatron.metrics import NON_FINITE
 from gspo_megatron.stability.gate import largest_kl
+from gspo_megatron.stability.quantities import collapsed_from
 
 Row = Mapping[str, Any]
 
@@ -32,7 +33,6 @@ LARGE_STALENESS = 0.2
 IDLE_CLIP = 2.5  # clip over the deviation of log s: 0.6 to 1.3 in healthy runs, 3.6 at a clip of 0.2
 IDLE_SHARE = 0.02  # of the responses clipped: 0.05 to 0.25, and 0.007 to 0.015
 ONE_SIDED = 4.0  # clip fractions of negative and positive advantages
-COLLAPSED = 0.5  # of the best reward
 MIN_HISTORY = 5  # rows before a median or a best is one
 
 
@@ -152,10 +152,8 @@ def _reward_collapse(rows: Sequence[Row], facts: Facts) -> str | None:
     n = facts.patience
     last = _last(rows, "reward_mean", n)
     values = [x for row in rows if (x := _value(row, "reward_mean")) is not None]
-    if last is None or len(values) < 2 * n:
-        return None
-    best = max(statistics.fmean(values[i : i + n]) for i in range(len(values) - n + 1))
-    if best <= 0 or max(last) >= COLLAPSED * best:
+    best = collapsed_from(values, n)
+    if last is None or best is None:
         return None
     return (
         f"the reward has been under half of its best for {n} batches: {statistics.fmean(last):.3g} of {best:.3g}; "

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.errors import UserError
-from gspo_megatron.stability.benchmark.spec import Experiment, Grid, Settings, Spec, flatten
+from gspo_megatron.stability.benchmark.spec import Claim, Experiment, Grid, Settings, Spec, flatten
+from gspo_megatron.stability.benchmark.statistics import share_difference
 
 Labels = Mapping[str, Any]  # arm, model, seed and factors -> value
 
@@ -173,6 +174,7 @@ def _check_selectors(spec: Spec, plan: Plan) -> None:
     """Every claim finds exactly one cell a seed (a slope one a level), every panel at least one."""
     for experiment in spec.experiments:
         for claim in experiment.claims:
+            _check_decidable(experiment, claim)
             for selector in filter(None, [claim.of or {"": None}, claim.against]):
                 chosen = {} if selector == {"": None} else selector
                 found = plan.find(experiment.name, chosen)
@@ -185,3 +187,17 @@ def _check_selectors(spec: Spec, plan: Plan) -> None:
         for panel in experiment.panels:
             if not plan.find(experiment.name, panel.where):
                 raise UserError(f'[experiments.{experiment.name}] panel "{panel.title}" selects no cell')
+
+
+def _check_decidable(experiment: Experiment, claim: Claim) -> None:
+    """A rule on counts of seeds that no result of so few could support is none."""
+    if claim.kind != "difference" or claim.reduce != "collapsed":
+        return
+    seeds = len(experiment.seeds)
+    counts = itertools.product(range(seeds + 1), range(seeds + 1))
+    if not any(claim.low <= d.low and d.high <= claim.high for d in (share_difference(c, seeds) for c in counts)):
+        raise UserError(
+            f'[experiments.{experiment.name}] claim "{claim.name}": no collapses of {seeds} seeds can put the interval '
+            f"into {claim.low:g} to {claim.high:g}: that of {seeds} against 0 begins at "
+            f"{share_difference((seeds, 0), seeds).low:.2f}; give more seeds or a range that so many can decide"
+        )

@@ -28,7 +28,7 @@ def write_report(
     Args:
         facts: the environment, in words.
     """
-    verdicts = judge(spec, plan, results)
+    verdicts = judge(spec, plan, results, failures)
     missing = missing_lines(plan, results, failures)
     facts = {**facts, **cost(plan, results)}
     light, dark = draw(spec, plan, results), draw(spec, plan, results, dark=True)

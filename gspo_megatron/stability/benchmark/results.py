@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gspo_megatron.errors import UserError
+from gspo_megatron.stability.quantities import collapsed_from
 
 RESULT, FAILURE = "result.json", "failed.json"
 _ENTRY = re.compile(r"(?P<name>\w+)\[(?P<index>-?\d+)\]")
@@ -65,7 +66,8 @@ def number(result: Result, metric: str, reduce: str) -> float:
     Args:
         metric: a value of a measurement, or a metric of a training run, `name[i]` for entry i of a list.
         reduce: of a training run's batches: mean, min, max, first:N, last:N (means), final (the last one measured),
-            collapsed (0 or 1), batches_to:X or seconds_to:X (when the moving mean of 5 batches first reaches X).
+            collapsed (0 or 1, what the watchdog calls reward_collapse, at the run's end), batches_to:X or seconds_to:X
+            (when the moving mean of 5 batches first reaches X).
     """
     if not reduce:
         value = result.values.get(metric)
@@ -90,12 +92,6 @@ def moving_mean(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, np.ones(window) / window, mode="valid")
 
 
-def collapsed(reward: np.ndarray) -> bool:
-    """Whether the run ended in collapse: the mean reward of its last 5 batches is under half of the best 5 in a row."""
-    means = moving_mean(reward)
-    return bool(means.size and not means[-1] >= means.max() / 2)
-
-
 def _reduce(reduce: str, series: np.ndarray, seconds: np.ndarray) -> float:
     match = _REDUCTION.fullmatch(reduce)
     if match is None:
@@ -112,7 +108,7 @@ def _reduce(reduce: str, series: np.ndarray, seconds: np.ndarray) -> float:
     if name == "final":
         return float(known[-1])
     if name == "collapsed":
-        return float(collapsed(known))
+        return float(collapsed_from(known.tolist(), WINDOW) is not None)
     if name in ("batches_to", "seconds_to"):
         reached = np.flatnonzero(moving_mean(known) >= argument)
         if not reached.size:

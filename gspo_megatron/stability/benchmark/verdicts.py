@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from gspo_megatron.stability.benchmark.cells import Plan
@@ -34,10 +34,10 @@ class Verdict:
     notes: tuple[str, ...] = field(default=())
 
 
-def judge(spec: Spec, plan: Plan, results: Mapping[str, Result]) -> list[Verdict]:
-    """The verdict of every claim; `results` holds the cells that are done."""
+def judge(spec: Spec, plan: Plan, results: Mapping[str, Result], failures: Collection[str] = ()) -> list[Verdict]:
+    """The verdict of every claim; `results` holds the cells that are done, `failures` the ids of those that failed."""
     return [
-        _judge_claim(experiment.name, claim, plan, results, experiment.seeds)
+        _judge_claim(experiment.name, claim, plan, results, failures, experiment.seeds)
         for experiment in spec.experiments
         for claim in experiment.claims
     ]
@@ -53,7 +53,12 @@ def decide(estimate: Estimate, low: float, high: float) -> str:
 
 
 def _judge_claim(
-    experiment: str, claim: Claim, plan: Plan, results: Mapping[str, Result], seeds: tuple[int, ...]
+    experiment: str,
+    claim: Claim,
+    plan: Plan,
+    results: Mapping[str, Result],
+    failures: Collection[str],
+    seeds: tuple[int, ...],
 ) -> Verdict:
     notes: list[str] = []
     by_seed: dict[int, float] = {}
@@ -75,10 +80,33 @@ def _judge_claim(
         counts = (round(sum(a for a, _ in sides)), round(sum(b for _, b in sides)))
         estimate = share_difference(counts, len(sides))
         notes.append(f"{counts[0]} against {counts[1]} of {len(sides)}, Newcombe's interval of two shares")
+    elif len(by_seed) > 1 and estimate.low == estimate.high:
+        notes.append("all seeds equal: an interval without width, not certainty")
     if len(by_seed) == 1:
         notes.append("one seed has no interval")
     verdict = decide(estimate, claim.low, claim.high)
+    lost = [
+        seed for seed in seeds if seed not in by_seed and _is_lost(experiment, claim, plan, results, failures, seed)
+    ]
+    if lost:
+        # A run that diverged, or never reached what is timed, is no run left out by chance.
+        verdict = UNDECIDED
+        notes.insert(0, f"no verdict without seed {', '.join(map(str, lost))}, which ran and gave no value")
     return Verdict(experiment, claim, by_seed, len(seeds), estimate, p, verdict, _short(notes))
+
+
+def _is_lost(
+    experiment: str,
+    claim: Claim,
+    plan: Plan,
+    results: Mapping[str, Result],
+    failures: Collection[str],
+    seed: int,
+) -> bool:
+    """Whether a seed without a value has run: a cell of it failed, or all have results, from which none comes."""
+    sides = [claim.of, claim.against] if claim.against else [claim.of]
+    ids = {p.cell.id for side in sides for p in plan.find(experiment, {**side, "seed": seed})}
+    return any(i in failures and i not in results for i in ids) or all(i in results for i in ids)
 
 
 def _short(notes: list[str], most: int = 2) -> tuple[str, ...]:
@@ -133,6 +161,9 @@ def _value(
     if claim.kind == "difference":
         sides.append((of[None], against[None]))
         return of[None] - against[None]
+    if of[None] == against[None] == claim.floor:
+        notes.insert(0, f"seed {seed}: both sides are at the floor of {claim.floor:g}, and their ratio says nothing")
+        return None
     if of[None] <= 0 or against[None] <= 0:
         notes.append(f"seed {seed}: a ratio needs positive values, not {of[None]:.3g} and {against[None]:.3g}")
         return None

@@ -9,7 +9,7 @@ import pytest
 
 from gspo_megatron.stability.benchmark.clip_model import clip_rates, normal_clip_rates
 from gspo_megatron.stability.benchmark.measurements import clip_by_sign, length_scaling, ratio_change
-from gspo_megatron.stability.benchmark.results import collapsed, number
+from gspo_megatron.stability.benchmark.results import number
 from gspo_megatron.stability.benchmark.statistics import (
     bootstrap_band,
     mean_interval,
@@ -20,6 +20,7 @@ from gspo_megatron.stability.benchmark.statistics import (
     smallest_p,
     t_quantile,
 )
+from gspo_megatron.stability.quantities import collapsed_from
 from tests.unit.stability.benchmark.benchmark_setup import result
 
 # KL a token -> clipped shares in percent, A > 0 and A < 0, at 4,096 tokens and the paper's clip: simulated.
@@ -169,6 +170,9 @@ def test_batches_and_seconds_to_a_reward() -> None:
 
 
 def test_collapse_is_half_of_the_best() -> None:
-    assert collapsed(np.array([0.8] * 10 + [0.3] * 5))
-    assert not collapsed(np.array([0.8] * 10 + [0.5] * 5))
-    assert not collapsed(np.array([0.1] * 10 + [0.9] * 5))
+    assert collapsed_from([0.8] * 10 + [0.3] * 5, 5) == pytest.approx(0.8)
+    assert collapsed_from([0.8] * 10 + [0.3] * 4 + [0.41], 5) is None, "each of the last, not their mean"
+    assert collapsed_from([0.1] * 10 + [0.9] * 5, 5) is None
+    assert collapsed_from([0.8] * 4 + [0.1] * 5, 5) is None, "too short to have a best"
+    assert collapsed_from([0.0] * 20, 5) is None, "nothing was there to lose"
+    assert number(result(reward_mean=[0.8] * 10 + [0.3, None] + [0.3] * 4), "reward_mean", "collapsed") == 1

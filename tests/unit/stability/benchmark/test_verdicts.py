@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gspo_megatron.errors import UserError
 from gspo_megatron.stability.benchmark.cells import Plan
 from gspo_megatron.stability.benchmark.report import write_report
 from gspo_megatron.stability.benchmark.results import Result
@@ -67,13 +68,46 @@ def test_a_missing_seed_is_named_and_one_seed_decides_nothing(tmp_path: Path) ->
     assert gap.planned_seeds == 2 and any("has no result" in note for note in gap.notes)
 
 
+def test_a_seed_that_ran_and_gave_no_value_leaves_no_verdict(tmp_path: Path) -> None:
+    text = SPEC.replace("seeds = [11, 12]", "seeds = [11, 12, 13]")
+    spec, plan = write_root(tmp_path, text)
+    found = results(plan, [0.2, 0.2], [0.01, 0.01], [0.4, 0.4])
+    assert judge(spec, plan, found)[0].verdict == "supported", "seed 13 has not run: what is there is judged"
+    lost = plan.find("first", {"arm": "grpo", "seed": 13})[0].cell.id
+    failed = judge(spec, plan, found, {lost})[0]
+    assert failed.verdict == "undecided" and "no verdict without seed 13" in failed.notes[0]
+    # Its cells are done, but one has not measured the metric.
+    for arm in ("gspo", "grpo"):
+        cell = plan.find("first", {"arm": arm, "seed": 13})[0].cell
+        found[cell.id] = result(clip_fraction_token=[None if arm == "grpo" else 0.2] * 3, time_step_s=[1.0] * 3)
+    assert judge(spec, plan, found)[0].verdict == "undecided"
+
+
+def test_a_ratio_of_two_floors_is_none(tmp_path: Path) -> None:
+    text = SPEC.replace("at_least = 10", "at_least = 0.5\nat_most = 2")
+    spec, plan = write_root(tmp_path, text)
+    gap = judge(spec, plan, results(plan, [0.0, 0.0], [0.0, 0.0], [0.4, 0.4]))[0]
+    assert gap.verdict == "undecided" and not gap.by_seed and any("floor" in note for note in gap.notes)
+
+
+def test_equal_seeds_are_said_to_be_no_certainty(tmp_path: Path) -> None:
+    _, _, found = verdicts(tmp_path, [0.2, 0.2], [0.01, 0.01], [0.4, 0.4])
+    assert any("all seeds equal" in note for note in found["gap"].notes)
+
+
 def test_no_collapse_in_two_seeds_is_not_never(tmp_path: Path) -> None:
     text = SPEC.replace('kind = "ratio"', 'kind = "difference"').replace('reduce = "mean"', 'reduce = "collapsed"')
-    spec, plan = write_root(tmp_path, text.replace("at_least = 10", "at_least = 0.5"))
+    spec, plan = write_root(tmp_path, text.replace("at_least = 10", "at_least = 0"))
     found = results(plan, [0.2, 0.2], [0.01, 0.01], [0.4, 0.4])
     gap = judge(spec, plan, found)[0]
     assert gap.estimate is not None and gap.estimate.mean == 0 and gap.estimate.high > 0.5
     assert gap.verdict == "undecided" and gap.notes[0].startswith("0 against 0 of 2")
+
+
+def test_a_rule_that_no_count_could_meet_is_refused(tmp_path: Path) -> None:
+    text = SPEC.replace('kind = "ratio"', 'kind = "difference"').replace('reduce = "mean"', 'reduce = "collapsed"')
+    with pytest.raises(UserError, match=r"that of 2 against 0 begins at 0\.07"):
+        write_root(tmp_path, text.replace("at_least = 10", "at_least = 0.5"))
 
 
 def test_no_results_are_no_verdict(tmp_path: Path) -> None:
