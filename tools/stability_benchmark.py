@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     action.add_argument("--slurm", type=Path, metavar="DIR", help="write SLURM array jobs into DIR")
     action.add_argument("--cell", metavar="ID", help="run one cell, as array jobs do")
     options = parser.parse_args(arguments)
-    if options.jobs < 0 or (options.budget_minutes is not None and options.budget_minutes < 0):
+    if options.jobs < 0 or (options.budget_minutes is not None and not options.budget_minutes >= 0):
         raise UserError(f"--jobs {options.jobs} and --budget-minutes {options.budget_minutes} must not be negative")
     return options
 
@@ -92,7 +92,8 @@ class Benchmark:
     def report(self) -> None:
         results = runner.read_results(self.plan, self.place)
         failures = runner.read_failures(self.plan, self.place)
-        facts = {**environment.facts(ROOT), **{k: str(v) for k, v in self.spec.needs.items()}}
+        facts = environment.of_report(self.place.folder, ROOT)
+        facts |= {f"needs {key}": str(value) for key, value in self.spec.needs.items()}
         paths, verdicts = report.write_report(
             self.spec, self.plan, results, failures, facts, self.place.folder / "report"
         )
@@ -119,8 +120,9 @@ def describe(outcome: Outcome, budget: float | None) -> None:
     for cell in outcome.failed:
         print(f"failed: {cell.title}; see cells/{cell.id}/log.txt. The same command tries it again", file=sys.stderr)
     if outcome.left_out:
-        why = "" if budget is None else f" within {budget:g} minutes, or their cold start failed"
-        print(f"{len(outcome.left_out)} cells were not started{why}; the same command goes on", file=sys.stderr)
+        late = "" if budget is None else f"would end after {budget:g} minutes, or "
+        why = f"they {late}wait for a cold start that is not done"
+        print(f"{len(outcome.left_out)} cells were not started: {why}; the same command goes on", file=sys.stderr)
     if outcome.busy:
         print(f"{len(outcome.busy)} cells are run by another process", file=sys.stderr)
 
@@ -155,6 +157,7 @@ def run(options: argparse.Namespace) -> int:
         only = {options.cell}
     outcome = Outcome()
     if not options.report_only:
+        environment.record(benchmark.place.folder, ROOT)
         budget = options.budget_minutes if options.budget_minutes is not None else spec.budget_minutes or None
         budget_s = None if budget is None or options.cell else 60 * budget
         outcome = runner.run_cells(spec, plan, benchmark.place, slots=slots, budget_s=budget_s, only=only)
@@ -169,6 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(parse(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except OSError as error:  # a disk that is full, a folder that can't be written
+        print(f"error: {error}; what is done is kept, and the same command goes on", file=sys.stderr)
         return WRONG_INPUT
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

@@ -35,6 +35,7 @@ class Line:
     label: str
     x: np.ndarray  # [points]
     y: np.ndarray  # [seeds, points]; NaN where a seed has no value
+    arm: int = -1  # place among the spec's arms, if the panel compares arms alone: its colour in every panel
     is_reference: bool = False  # a model's or a control's: dashed
 
 
@@ -78,7 +79,8 @@ def _draw_panel(
     ax.set_xscale(panel.x_scale)
     ax.set_yscale(panel.y_scale)
     # A colour an arm or metric; where colours run out, dashes go on.
-    for i, line in enumerate(lines):
+    for place, line in enumerate(lines):
+        i = place if line.arm < 0 else line.arm
         color = theme.runs[i % len(theme.runs)]
         style = "--" if line.is_reference else _STYLES[i // len(theme.runs) % len(_STYLES)]
         _draw_line(ax, line, color=color, style=style, is_log=panel.y_scale == "log")
@@ -138,23 +140,29 @@ def panel_lines(
     spec: Spec, experiment: Experiment, panel: Panel, plan: Plan, results: Mapping[str, Result]
 ) -> list[Line]:
     """The panel's curves from the cells that are done: those that differ in their seed alone make one."""
-    found = [p for p in plan.find(experiment.name, panel.where) if p.cell.id in results]
+    planned = plan.find(experiment.name, panel.where)
     fixed = (key for key, value in panel.where.items() if not isinstance(value, list))
     hidden = {"seed", *fixed, *([panel.x] if panel.kind == "factor" else [])}
     groups: dict[tuple[Any, ...], list[Placed]] = {}
-    for placed in found:
+    for placed in planned:
         key = tuple((k, v) for k, v in placed.labels.items() if k not in hidden)
         groups.setdefault(key, []).append(placed)
+    # Of all that is planned, so that names and colours are the same before everything is done.
     varying = {k for key in groups for k, v in key if any(dict(other).get(k) != v for other in groups)}
+    compares_arms = varying == {"arm"} and len(panel.metrics) == 1
     lines = []
-    for key, members in groups.items():
+    for key, cells in groups.items():
+        members = [p for p in cells if p.cell.id in results]
+        if not members:
+            continue
+        arm = list(spec.arms).index(dict(key)["arm"]) if compares_arms else -1
         name = ", ".join(level(spec, k, v) for k, v in key if k in varying)
         for metric in panel.metrics:
             shown = panel.labels.get(metric, metric if len(panel.metrics) > 1 else "")
             label = ", ".join(filter(None, [name, shown])) or metric
             line = _LINES[panel.kind](panel, members, metric, results, label)
             if line is not None and np.isfinite(line.y).any():
-                lines.append(replace(line, is_reference=metric.endswith(_REFERENCES)))
+                lines.append(replace(line, arm=arm, is_reference=metric.endswith(_REFERENCES)))
     return lines
 
 

@@ -32,6 +32,25 @@ INTRODUCTION = (
 )
 
 
+READING = (
+    "Each claim has one value a seed and a range, set beforehand. Supported: the whole 95 % interval over seeds is in "
+    "the range. Contradicted: all of it lies outside. Undecided: neither, as where seeds are too few or too different."
+)
+
+WORDS = {
+    "rollout batch": "answers sampled from one state of the policy, scored, and then used for training",
+    "mini-batch": "the part of a rollout batch that one update of the weights uses",
+    "ratio": "probability of a token or answer under the policy now, over that under the policy it was sampled from",
+    "log s, log W": "mean and sum over an answer's tokens of the logarithm of their ratios, in nats; GSPO clips s",
+    "clip": "the range of ratios outside which a token or answer no longer pulls the policy further the same way",
+    "advantage": "how much better an answer's reward is than that of other answers to the same prompt",
+    "expert set": "the experts that a layer's router sends a token to; 2 of 8, say",
+    "R2, R3": "routing replay: train with the expert sets of the policy before the updates (R2), of the sampler (R3)",
+    "engine": "what samples the answers; it computes probabilities less exactly than the trainer, or as exactly",
+    "seed": "one repetition of everything, from the random first weights on",
+}
+
+
 def figure_of(value: float | None) -> str:
     """At most three significant digits."""
     if value is None or math.isnan(value):
@@ -62,7 +81,7 @@ def conditions(spec: Spec, verdict: Verdict) -> str:
         parts.append(of)
     parts.append(f"{len(verdict.by_seed)} of {verdict.planned_seeds} seeds")
     if verdict.p is not None:
-        parts.append(f"paired sign-flip test p = {figure_of(verdict.p)}")
+        parts.append(f"paired sign-flip test against no difference p = {figure_of(verdict.p)}")
     return "; ".join([*parts, *verdict.notes])
 
 
@@ -90,7 +109,8 @@ def seeds_note(seeds: int) -> str:
         + (", so it alone can never reach 0.05" if smallest_p(seeds) > 0.05 else "")
         + f". Intervals are Student's t over seeds ({seeds - 1} degrees of freedom), which take values over seeds as "
         "normal: they are wide, and only effects that are large beside the seeds' spread are decided. Bands in the "
-        "picture are bootstrap bands over seeds: with so few they are little more than the seeds' range."
+        "picture are bootstrap bands over seeds: with so few they are little more than the seeds' range. Every claim "
+        "is judged by itself, without a correction for their number."
     )
     return text
 
@@ -98,7 +118,10 @@ def seeds_note(seeds: int) -> str:
 def markdown(spec: Spec, verdicts: Sequence[Verdict], facts: Mapping[str, str], missing: Sequence[str]) -> str:
     """report.md: the claims table and what stands behind it."""
     lines = [f"# {spec.title}", "", INTRODUCTION, "", "![curves](report.png)", "", "## Claims", ""]
-    lines += ["| claim | paper | measured [95 % interval] | verdict | conditions |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        "| claim | the paper, or theory | measured [95 % interval] | verdict | conditions |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for v in verdicts:
         number = next(e.number for e in spec.experiments if e.name == v.experiment)
         cells = [
@@ -109,7 +132,7 @@ def markdown(spec: Spec, verdicts: Sequence[Verdict], facts: Mapping[str, str], 
             conditions(spec, v),
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    lines += ["", summary(verdicts), "", seeds_note(min(len(e.seeds) for e in spec.experiments)), ""]
+    lines += ["", summary(verdicts), "", READING, "", seeds_note(min(len(e.seeds) for e in spec.experiments)), ""]
     lines += ["## Missing", "", *(f"- {line}" for line in missing or ["Nothing: every cell is done."]), ""]
     lines += ["## Experiments", ""]
     for e in spec.experiments:
@@ -117,6 +140,7 @@ def markdown(spec: Spec, verdicts: Sequence[Verdict], facts: Mapping[str, str], 
         lines += [f"- **Measure.** {e.measure}"]
         lines += [f"- **Rule: {c.text}** {c.rule[0].upper()}{c.rule[1:]}." for c in e.claims] + [""]
     lines += ["## Conditions", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
+    lines += ["## Words", "", *(f"- **{word}**: {meaning}" for word, meaning in WORDS.items()), ""]
     return "\n".join(lines)
 
 
@@ -139,6 +163,7 @@ def html(
     """report.html."""
     sections = "\n".join(_experiment(spec, e.name, verdicts) for e in spec.experiments)
     rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in facts.items())
+    words = "".join(f"<dt>{escape(word)}</dt><dd>{escape(meaning)}</dd>" for word, meaning in WORDS.items())
     gaps = "".join(f"<li>{escape(line)}</li>" for line in missing)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -151,8 +176,9 @@ def html(
 <body>
 <h1>{escape(spec.title)}</h1>
 <p>{escape(INTRODUCTION)}</p>
+<details><summary>Words</summary><dl>{words}</dl></details>
 <h2>Claims</h2>
-<p>{escape(summary(verdicts))}</p>
+<p>{escape(summary(verdicts))} {escape(READING)}</p>
 {_claims(spec, verdicts)}
 <p class="soft">{escape(seeds_note(min(len(e.seeds) for e in spec.experiments)))}</p>
 <h2>Missing</h2>
@@ -187,7 +213,8 @@ def _verdict(verdict: Verdict) -> str:
 
 def _claims(spec: Spec, verdicts: Sequence[Verdict]) -> str:
     head = "".join(
-        f"<th>{name}</th>" for name in ("", "claim", "paper", "measured [95 % interval]", "verdict", "conditions")
+        f"<th>{name}</th>"
+        for name in ("", "claim", "the paper, or theory", "measured [95 % interval]", "verdict", "conditions")
     )
     rows = []
     for v in verdicts:

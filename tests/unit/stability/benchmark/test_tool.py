@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.unit.stability.benchmark.benchmark_setup import SPEC, workplace, write_root
+from tests.unit.stability.benchmark.benchmark_setup import SPEC, read_json, workplace, write_root
 
 ROOT = Path(__file__).parents[4]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -29,6 +30,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--preset", "laptop", "--experiment", "flip", "--plan"], '"flip" is unknown'),
         (["--spec", "gone.toml"], "gone.toml does not exist"),
         (["--preset", "laptop", "--jobs", "-1"], "must not be negative"),
+        (["--preset", "laptop", "--budget-minutes", "nan"], "must not be negative"),
         (["--preset", "laptop", "--budget", "many"], "invalid float value"),
         ([], "one of the arguments --preset --spec is required"),
     ],
@@ -73,6 +75,18 @@ def test_a_run_ends_with_a_report_and_says_what_failed(
     assert "2 supported" in capsys.readouterr().out
     report = (tmp_path / "runs" / "report" / "report.md").read_text()
     assert "Nothing: every cell is done." in report
+    [ran] = [read_json(path) for path in (tmp_path / "runs" / "environments").iterdir()]
+    assert f"- versions: {ran['versions']}" in report and "- needs machine: any" in report
+    moved = ran | {"commit": "0000000"}
+    (tmp_path / "runs" / "environments" / "other.json").write_text(json.dumps(moved))
+    assert tool.main([*command, "--report-only"]) == 0
+    report = (tmp_path / "runs" / "report" / "report.md").read_text()
+    assert "of 2 environments): 0000000" in report, "another commit's cells are not passed off as this one's"
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in refusal(capsys, "--preset", "smoke", "--folder", str(tmp_path / "file"))
 
 
 def test_array_jobs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.stability.benchmark.cells import Plan
+from gspo_megatron.stability.benchmark.figure import panel_lines
 from gspo_megatron.stability.benchmark.report import write_report
 from gspo_megatron.stability.benchmark.results import Result
 from gspo_megatron.stability.benchmark.spec import Spec
@@ -114,6 +115,16 @@ def test_no_results_are_no_verdict(tmp_path: Path) -> None:
     spec, plan = write_root(tmp_path)
     assert {v.verdict for v in judge(spec, plan, {})} == {"undecided"}
     assert all(v.estimate is None for v in judge(spec, plan, {}))
+
+
+def test_an_arm_keeps_its_name_and_colour_before_everything_is_done(tmp_path: Path) -> None:
+    spec, plan = write_root(tmp_path)
+    experiment = spec.experiments[0]
+    found = results(plan, [0.2, 0.2], [0.01, 0.01], [0.4, 0.4])
+    done = {p.cell.id: found[p.cell.id] for p in plan.find("first", {"arm": "grpo"})}
+    for some, names in ((found, ["GSPO", "GRPO"]), (done, ["GRPO"])):
+        lines = panel_lines(spec, experiment, experiment.panels[0], plan, some)
+        assert [line.label for line in lines] == names and lines[-1].arm == 1
 
 
 def test_the_report_states_verdicts_rules_and_what_is_missing(tmp_path: Path) -> None:
