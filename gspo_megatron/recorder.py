@@ -21,7 +21,7 @@ from gspo_megatron.policy.policy import StepResult
 from gspo_megatron.progress import Progress
 from gspo_megatron.stability.routing import route_metrics
 from gspo_megatron.stability.run_data import read_metrics
-from gspo_megatron.stability.watchdog import Facts, Finding, examine, spike_limit
+from gspo_megatron.stability.watchdog import Facts, Watchdog
 from gspo_megatron.types import Rollout, StepBatch
 from gspo_megatron.weight_sync import SyncReport
 
@@ -49,12 +49,10 @@ class Recorder:
         self.display = Progress(total, label, enabled=self.is_writer, unit=unit, completed=done or 0)
         self.writer: MetricsWriter | None = None
         self._errors_said: set[str] = set()
-        self._rows: list[dict[str, Any]] = []  # at rank 0, of the whole run
-        self._findings: list[Finding] = []  # of the last row
-        self._facts: Facts | None = None  # None: of no run that the watchdog knows
+        self._watchdog: Watchdog | None = None  # sees rows at rank 0; None: this is no run of those that it knows
         if isinstance(job.config, TrainConfig):
             resolved = dataclasses.replace(job.config, algorithm=algorithms.resolve(job.config.algorithm))
-            self._facts = Facts.of(dataclasses.asdict(resolved))
+            self._watchdog = Watchdog(Facts.of(dataclasses.asdict(resolved)))
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Recorder]:
@@ -78,9 +76,10 @@ class Recorder:
     def _recall(self) -> None:
         """Take up the rows of earlier starts, so that the watchdog finds what it would without a break."""
         path = Path(self.job.config.run.folder) / METRICS_FILE
-        if self.done is not None and path.stat().st_size > 0:
-            self._rows, _ = read_metrics(path)
-            self._findings = examine(self._rows, self._facts) if self._facts is not None else []
+        if self._watchdog is not None and self.done is not None and path.stat().st_size > 0:
+            rows, _ = read_metrics(path)
+            for row in rows:
+                self._watchdog.see(row)
 
     def positions(self) -> tuple[int, int]:
         """Where metrics.jsonl and samples.jsonl end, at rank 0; (0, 0) elsewhere."""
@@ -160,13 +159,8 @@ class Recorder:
 
     def _watch(self, row: dict[str, Any]) -> None:
         """Have the watchdog look at the newest row; say what was not said of the one before."""
-        if self._facts is None:
-            return
-        self._rows.append(row)
-        before = {finding.name for finding in self._findings}
-        self._findings = examine(self._rows, self._facts)
-        for finding in self._findings:
-            if finding.name not in before:
+        if self._watchdog is not None:
+            for finding in self._watchdog.see(row):
                 self.display.note(f"watchdog, batch {finding.step}: {finding.message}")
 
     def alarms(self) -> list[str]:
@@ -174,15 +168,17 @@ class Recorder:
         config = self.job.config
         if not isinstance(config, TrainConfig) or config.watchdog.action != "stop":
             return []
-        return [message for part in self.job.all_gather([f.message for f in self._findings]) for message in part]
+        assert self._watchdog is not None
+        found = self.job.all_gather([finding.message for finding in self._watchdog.findings])
+        return [message for part in found for message in part]
 
     def skip_above(self) -> float | None:
         """The gradient norm above which the next batch's optimizer steps are left out; None: no step is. The same on
         every rank. Collective, if it may."""
         config = self.job.config
-        if self._facts is None or not isinstance(config, TrainConfig) or config.watchdog.action != "skip":
+        if self._watchdog is None or not isinstance(config, TrainConfig) or config.watchdog.action != "skip":
             return None
-        [limit] = self.job.all_gather(spike_limit(self._rows, self._facts) if self.is_writer else None)
+        [limit] = self.job.all_gather(self._watchdog.spike_limit() if self.is_writer else None)
         return limit
 
     def _samples(self, outcome: BatchOutcome) -> list[tuple[int, dict[str, Any]]] | None:

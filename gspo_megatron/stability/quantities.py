@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,10 +88,32 @@ def clip_band(config: Mapping[str, Any] | None) -> tuple[float, float] | None:
 COLLAPSED = 0.5  # of the best reward
 
 
-def collapsed_from(rewards: Sequence[float], batches: int) -> float | None:
-    """Collapse: each of the last `batches` rewards is under half of the best mean of as many in a row. Returns that
-    best mean if so; None if not, or where there are fewer than twice as many rewards."""
-    if len(rewards) < 2 * batches:
-        return None
-    best = max(math.fsum(rewards[i : i + batches]) / batches for i in range(len(rewards) - batches + 1))
-    return best if max(rewards[-batches:]) < COLLAPSED * best else None
+class Collapse:
+    """Collapse, as rewards arrive: each of the last `batches` is under half of the best mean of as many in a row."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches, self.count = batches, 0
+        self.last: list[float] = []
+        self.best = -math.inf
+
+    def add(self, reward: float) -> None:
+        """Take up the next batch's reward."""
+        self.count += 1
+        self.last = [*self.last, reward][-self.batches :]
+        if len(self.last) == self.batches:
+            self.best = max(self.best, math.fsum(self.last) / self.batches)
+
+    @property
+    def collapsed_from(self) -> float | None:
+        """That best mean, if the reward has collapsed; None if not, or with fewer than twice as many rewards."""
+        if self.count < 2 * self.batches:
+            return None
+        return self.best if max(self.last) < COLLAPSED * self.best else None
+
+
+def collapsed_from(rewards: Iterable[float], batches: int) -> float | None:
+    """`Collapse.collapsed_from` after all of these rewards."""
+    collapse = Collapse(batches)
+    for reward in rewards:
+        collapse.add(reward)
+    return collapse.collapsed_from

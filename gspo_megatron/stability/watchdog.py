@@ -1,22 +1,20 @@
 """Names what is wrong with a run, from its rows of metrics alone, with figures and a remedy.
 
-`examine` looks at the last of a run's rows in the light of those before it. It runs no model and keeps no state, so
-that a run in progress and a report of one that has ended come to the same findings.
+The watchdog looks at each row in the light of those before it, and at nothing else: a run in progress, one that was
+resumed and a report of one that has ended come to the same findings.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gspo_megatron.metrics import NON_FINITE
 from gspo_megatron.stability.gate import largest_kl
-from gspo_megatron.stability.quantities import collapsed_from
-
-Row = Mapping[str, Any]
+from gspo_megatron.stability.history import History, Row, value_of
 
 # Thresholds were set on runs of tests/system/watchdog_worker.py with seeds 0 and 1; its test has other seeds.
 
@@ -76,71 +74,62 @@ class Facts:
         )
 
 
-def examine(rows: Sequence[Row], facts: Facts) -> list[Finding]:
-    """What is wrong at the last row. Rows are objects of metrics.jsonl in order; those without a trained batch, such as
-    the evaluation before the first, are no history."""
-    rows = [row for row in rows if (row.get("step") or 0) > 0]
-    if not rows:
-        return []
-    found = []
-    for name, check in CHECKS.items():
-        message = check(rows, facts)
-        if message is not None:
-            found.append(Finding(name, rows[-1]["step"], message))
-    return found
+class Watchdog:
+    """Reads a run's rows one after the other."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts, self.history = facts, History(facts.patience)
+        self.findings: list[Finding] = []  # what is wrong at the last row
+
+    def see(self, row: Row) -> list[Finding]:
+        """Take up the next object of metrics.jsonl; what is wrong there and was not at the row before."""
+        self.history.add(row)
+        if not self.history.rows:
+            return []
+        before = {finding.name for finding in self.findings}
+        found = {name: check(self.history, self.facts) for name, check in CHECKS.items()}
+        step = self.history.rows[-1]["step"]
+        self.findings = [Finding(name, step, message) for name, message in found.items() if message is not None]
+        return [finding for finding in self.findings if finding.name not in before]
+
+    def spike_limit(self) -> float:
+        """The gradient norm above which the next batch has a spike: a multiple of the median of `grad_norm` over the
+        rows that have a gradient; infinite while these are too few."""
+        return _spike_limit(self.history.norms, self.facts)
 
 
-def review(rows: Sequence[Row], facts: Facts) -> list[Finding]:
+def review(rows: Iterable[Row], facts: Facts) -> list[Finding]:
     """All findings of a whole run, each where it begins: not again in the batch after one that had it."""
-    found: list[Finding] = []
-    before: set[str] = set()
-    for end in range(1, len(rows) + 1):
-        here = examine(rows[:end], facts)
-        found += [finding for finding in here if finding.name not in before]
-        before = {finding.name for finding in here}
-    return found
+    watchdog = Watchdog(facts)
+    return [finding for row in rows for finding in watchdog.see(row)]
 
 
-def _value(row: Row, key: str) -> float | None:
-    """A finite number, or None."""
-    value = row.get(key)
-    return value if value is not None and math.isfinite(value) else None
+def _spike_limit(norms: tuple[int, float], facts: Facts) -> float:
+    count, median = norms
+    return facts.spike * median if count >= MIN_HISTORY else math.inf
 
 
-def _last(rows: Sequence[Row], key: str, count: int) -> list[float] | None:
-    """The values of the last `count` rows, if they all have one."""
-    values = [x for row in rows[-count:] if (x := _value(row, key)) is not None]
-    return values if len(values) == count else None
-
-
-def _non_finite(rows: Sequence[Row], facts: Facts) -> str | None:
-    row = rows[-1]
+def _non_finite(history: History, facts: Facts) -> str | None:
+    row = history.rows[-1]
     infinite_by_nature = ("expert_gradient_spread",)
     bad = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
     bad = [key for key in [*bad, *row.get(NON_FINITE, {})] if not key.startswith(infinite_by_nature)]
     if not bad:
         return None
     shown = f"{', '.join(bad)} not finite: "
-    if skipped := _value(row, "skipped_steps"):
+    if skipped := value_of(row, "skipped_steps"):
         shown += f"optimizer steps left out: {skipped:.0f} of {facts.mini_batches}"
         return f"{shown}, so that the weights are sound; if it recurs, lower the lr"
     return f"{shown}the weights may be lost; go on from the last checkpoint, at a lower lr"
 
 
-def spike_limit(rows: Sequence[Row], facts: Facts) -> float:
-    """The gradient norm above which the batch after these rows has a spike: a multiple of the median of `grad_norm`
-    over the rows that have a gradient; infinite while these are too few."""
-    norms = [x for row in rows if (x := _value(row, "grad_norm"))]
-    return facts.spike * statistics.median(norms) if len(norms) >= MIN_HISTORY else math.inf
-
-
-def _gradient_spike(rows: Sequence[Row], facts: Facts) -> str | None:
-    largest, limit = _value(rows[-1], "grad_norm_max"), spike_limit(rows[:-1], facts)
+def _gradient_spike(history: History, facts: Facts) -> str | None:
+    largest, limit = value_of(history.rows[-1], "grad_norm_max"), _spike_limit(history.norms_before, facts)
     if largest is None or largest <= limit:
         return None
-    median = limit / facts.spike
+    _, median = history.norms_before
     remedy = "a lower lr or clip_grad keeps the step small"
-    if _value(rows[-1], "skipped_steps"):
+    if value_of(history.rows[-1], "skipped_steps"):
         remedy = "its optimizer step was left out"
     return (
         f"a gradient norm of {largest:.3g} is {largest / median:.0f} times the median of {median:.3g}; {remedy}; look "
@@ -148,11 +137,10 @@ def _gradient_spike(rows: Sequence[Row], facts: Facts) -> str | None:
     )
 
 
-def _reward_collapse(rows: Sequence[Row], facts: Facts) -> str | None:
+def _reward_collapse(history: History, facts: Facts) -> str | None:
     n = facts.patience
-    last = _last(rows, "reward_mean", n)
-    values = [x for row in rows if (x := _value(row, "reward_mean")) is not None]
-    best = collapsed_from(values, n)
+    last = history.last("reward_mean", n)
+    best = history.reward.collapsed_from
     if last is None or best is None:
         return None
     return (
@@ -161,8 +149,8 @@ def _reward_collapse(rows: Sequence[Row], facts: Facts) -> str | None:
     )
 
 
-def _entropy_floor(rows: Sequence[Row], facts: Facts) -> str | None:
-    entropy = _value(rows[-1], "entropy")
+def _entropy_floor(history: History, facts: Facts) -> str | None:
+    entropy = value_of(history.rows[-1], "entropy")
     if entropy is None or entropy >= facts.entropy_floor:
         return None
     return (
@@ -171,11 +159,11 @@ def _entropy_floor(rows: Sequence[Row], facts: Facts) -> str | None:
     )
 
 
-def _constant_reward(rows: Sequence[Row], facts: Facts) -> str | None:
-    shares = _last(rows, "zero_variance_group_fraction", min(3, facts.patience))
+def _constant_reward(history: History, facts: Facts) -> str | None:
+    shares = history.last("zero_variance_group_fraction", min(3, facts.patience))
     if shares is None or min(shares) < 1:
         return None
-    reward = _value(rows[-1], "reward_mean")
+    reward = value_of(history.rows[-1], "reward_mean")
     shown = "none" if reward is None else f"{reward:.3g}"
     return (
         f"in {len(shares)} batches all rewards of a group were equal (mean {shown}): nothing is learned; check the "
@@ -183,15 +171,15 @@ def _constant_reward(rows: Sequence[Row], facts: Facts) -> str | None:
     )
 
 
-def _mismatch(rows: Sequence[Row], facts: Facts) -> tuple[str, float] | None:
+def _mismatch(history: History, facts: Facts) -> tuple[str, float] | None:
     """(cause, KL): "temperature", "stale" or "weights"; None while engine and trainer agree."""
-    row, limit = rows[-1], MISMATCH_KL.get(facts.dtype, MISMATCH_KL["float32"])
-    kl = _value(row, "kl_rollout_trainer")
+    row, limit = history.rows[-1], MISMATCH_KL.get(facts.dtype, MISMATCH_KL["float32"])
+    kl = value_of(row, "kl_rollout_trainer")
     if kl is None or kl <= limit:
         return None
-    correlation, slope = _value(row, "rollout_trainer_correlation"), _value(row, "rollout_trainer_slope")
-    measured = [x for r in rows if (x := _value(r, "kl_rollout_trainer")) is not None]
-    if measured[0] <= limit:
+    correlation, slope = value_of(row, "rollout_trainer_correlation"), value_of(row, "rollout_trainer_slope")
+    assert history.first_mismatch is not None
+    if history.first_mismatch <= limit:
         return "stale", kl  # it agreed before weights were updated
     if correlation is None or slope is None:
         return "weights", kl
@@ -199,8 +187,8 @@ def _mismatch(rows: Sequence[Row], facts: Facts) -> tuple[str, float] | None:
     return ("temperature" if abs(slope - 1) > TEMPERATURE_TURN * scatter else "weights"), kl
 
 
-def _stale_engine(rows: Sequence[Row], facts: Facts) -> str | None:
-    found = _mismatch(rows, facts)
+def _stale_engine(history: History, facts: Facts) -> str | None:
+    found = _mismatch(history, facts)
     if found is None or found[0] != "stale":
         return None
     return (
@@ -209,22 +197,22 @@ def _stale_engine(rows: Sequence[Row], facts: Facts) -> str | None:
     )
 
 
-def _temperature(rows: Sequence[Row], facts: Facts) -> str | None:
-    found = _mismatch(rows, facts)
+def _temperature(history: History, facts: Facts) -> str | None:
+    found = _mismatch(history, facts)
     if found is None or found[0] != "temperature":
         return None
-    slope = rows[-1]["rollout_trainer_slope"]
+    slope = history.rows[-1]["rollout_trainer_slope"]
     return (
         f"the engine's log-probs follow the trainer's with a slope of {slope:.2f} (KL {found[1]:.2g} a token): they "
         f"are of another temperature, about {1 / max(slope, 1e-6):.2f} times; set the same on both sides"
     )
 
 
-def _other_weights(rows: Sequence[Row], facts: Facts) -> str | None:
-    found = _mismatch(rows, facts)
+def _other_weights(history: History, facts: Facts) -> str | None:
+    found = _mismatch(history, facts)
     if found is None or found[0] != "weights":
         return None
-    correlation = _value(rows[-1], "rollout_trainer_correlation")
+    correlation = value_of(history.rows[-1], "rollout_trainer_correlation")
     shown = "unknown" if correlation is None else f"{correlation:.3f}"
     return (
         f"engine and trainer are {found[1]:.2g} nats a token (KL) apart from the start, correlation {shown}: some of "
@@ -232,9 +220,9 @@ def _other_weights(rows: Sequence[Row], facts: Facts) -> str | None:
     )
 
 
-def _old_policy(rows: Sequence[Row], facts: Facts) -> str | None:
-    gap = _value(rows[-1], "old_logprob_gap_first_mini_batch")
-    is_bypassed = _value(rows[-1], "time_logprobs_saved_s") is not None
+def _old_policy(history: History, facts: Facts) -> str | None:
+    gap = value_of(history.rows[-1], "old_logprob_gap_first_mini_batch")
+    is_bypassed = value_of(history.rows[-1], "time_logprobs_saved_s") is not None
     if gap is None or gap <= SAME_POLICY or is_bypassed:
         return None
     clip = "" if facts.clip_low is None else f". The clip is {facts.clip_low:g} / {facts.clip_high:g}"
@@ -244,16 +232,18 @@ def _old_policy(rows: Sequence[Row], facts: Facts) -> str | None:
     )
 
 
-def _clip_never(rows: Sequence[Row], facts: Facts) -> str | None:
+def _clip_never(history: History, facts: Facts) -> str | None:
     n = facts.patience
-    clipped, spread = _last(rows, "clip_fraction_sequence", n), _last(rows, "log_ratio_sequence_std", n)
-    rates = [x for row in rows if (x := _value(row, "learning_rate")) is not None]
+    clipped, spread = history.last("clip_fraction_sequence", n), history.last("log_ratio_sequence_std", n)
+    rates = [x for row in history.rows[-n:] if (x := value_of(row, "learning_rate")) is not None]
     if facts.mini_batches < 2 or not facts.is_sequence_level or clipped is None or spread is None:
         return None
     if facts.clip_low is None or facts.clip_high is None:
         return None
     narrow = min(-math.log1p(-facts.clip_low), math.log1p(facts.clip_high))
-    if rates and min(rates[-n:]) < max(rates) / 2:  # at the end of a decay, or in the warm-up, little moves
+    if (
+        rates and min(rates) < (history.largest_rate or 0.0) / 2
+    ):  # at the end of a decay, or in the warm-up, little moves
         return None
     deviation = statistics.median(spread)
     if statistics.fmean(clipped) > IDLE_SHARE or narrow < IDLE_CLIP * deviation:
@@ -265,11 +255,11 @@ def _clip_never(rows: Sequence[Row], facts: Facts) -> str | None:
     )
 
 
-def _large_updates(rows: Sequence[Row], facts: Facts) -> str | None:
-    staleness = _value(rows[-1], "kl_staleness")
+def _large_updates(history: History, facts: Facts) -> str | None:
+    staleness = value_of(history.rows[-1], "kl_staleness")
     if staleness is None or staleness <= LARGE_STALENESS:
         return None
-    clipped = _value(rows[-1], "clip_fraction_sequence")
+    clipped = value_of(history.rows[-1], "clip_fraction_sequence")
     shown = "" if clipped is None else f", {clipped:.0%} of the responses are clipped"
     return (
         f"a batch's updates move the policy by {staleness:.2g} nats a token (KL){shown}: the steps are too large; "
@@ -277,13 +267,13 @@ def _large_updates(rows: Sequence[Row], facts: Facts) -> str | None:
     )
 
 
-def _one_sided_clip(rows: Sequence[Row], facts: Facts) -> str | None:
-    row, n = rows[-1], min(3, facts.patience)
-    below, above = _last(rows, "clip_fraction_negative", n), _last(rows, "clip_fraction_positive", n)
+def _one_sided_clip(history: History, facts: Facts) -> str | None:
+    row, n = history.rows[-1], min(3, facts.patience)
+    below, above = history.last("clip_fraction_negative", n), history.last("clip_fraction_positive", n)
     if below is None or above is None or min(below) < 0.5 or min(below) < ONE_SIDED * max(above):
         return None
     negative, positive = below[-1], above[-1]
-    kl, length = _value(row, "kl_rollout_trainer"), _value(row, "response_length_mean") or 1.0
+    kl, length = value_of(row, "kl_rollout_trainer"), value_of(row, "response_length_mean") or 1.0
     why = "log s is off centre"
     clip = facts.clip_low
     if (
@@ -298,7 +288,7 @@ def _one_sided_clip(rows: Sequence[Row], facts: Facts) -> str | None:
     )
 
 
-CHECKS: dict[str, Callable[[Sequence[Row], Facts], str | None]] = {
+CHECKS: dict[str, Callable[[History, Facts], str | None]] = {
     "non_finite": _non_finite,
     "gradient_spike": _gradient_spike,
     "reward_collapse": _reward_collapse,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gspo_megatron.stability.watchdog import CHECKS, Facts, examine, review, spike_limit
+from gspo_megatron.stability.watchdog import CHECKS, Facts, Finding, Watchdog, review
 
 FACTS = Facts(clip_low=0.03, clip_high=0.04, mini_batches=4)
 HEALTHY: dict[str, Any] = {
@@ -36,6 +36,17 @@ def rows(count: int, *changes: dict[str, Any]) -> list[dict[str, Any]]:
     """The evaluation before training, `count` healthy rows, then one for each of the changes."""
     trained = [HEALTHY | change for change in [{}] * count + list(changes)]
     return [{"step": 0, "eval_reward_mean": 0.1}] + [{"step": i} | row for i, row in enumerate(trained, start=1)]
+
+
+def after(history: list[dict[str, Any]], facts: Facts) -> Watchdog:
+    watchdog = Watchdog(facts)
+    for row in history:
+        watchdog.see(row)
+    return watchdog
+
+
+def examine(history: list[dict[str, Any]], facts: Facts) -> list[Finding]:
+    return after(history, facts).findings
 
 
 def names(history: list[dict[str, Any]], facts: Facts = FACTS) -> list[str]:
@@ -111,9 +122,9 @@ def test_steps_that_were_left_out_are_told() -> None:
 def test_the_limit_of_a_gradient_norm_is_a_multiple_of_the_median() -> None:
     norms = [5.0, 1.0, 3.0, 2.0, 4.0]
     history = rows(0, *[{"grad_norm": norm} for norm in norms])
-    assert spike_limit(history, replace(FACTS, spike=4.0)) == 12.0
-    assert spike_limit(history[:-1], FACTS) == math.inf
-    assert spike_limit([*history, {"step": 6, "grad_norm": None}], FACTS) == 30.0
+    assert after(history, replace(FACTS, spike=4.0)).spike_limit() == 12.0
+    assert after(history[:-1], FACTS).spike_limit() == math.inf
+    assert after([*history, {"step": 6, "grad_norm": None}], FACTS).spike_limit() == 30.0
 
 
 def test_non_finite_values_are_seen_in_a_run_and_in_its_records() -> None:
