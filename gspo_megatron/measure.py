@@ -23,6 +23,13 @@ from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.rollout.engine import SamplingParams
 from gspo_megatron.rollout.sglang.engine import SGLangEngine
 from gspo_megatron.stability.benchmark.measurements import (
+    BIASES,
+    FLIP_CURVES,
+    FLIPS,
+    FLIPS_OF_PRECISION,
+    MISMATCHES,
+    NOISES,
+    RATE_CURVES,
     Curves,
     Values,
     clip_by_sign,
@@ -37,13 +44,6 @@ from gspo_megatron.weight_sync import generate, sync_weights
 from gspo_megatron.weights.families import load_fields
 
 FILE = "measurement.json"
-
-# Precision: simulated mismatch of the central warning's table (nats a token), and plain shifts of log-probabilities.
-MISMATCHES = (3e-5, 1e-4, 3e-4, 7.5e-4, 1.5e-3)
-FLIPS = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the (token, layer) expert sets
-FLIPS_OF_PRECISION = (0.01, 0.1)
-NOISES = (0.01, 0.03)  # standard deviation of a token's log-probability
-BIASES = (2e-4, 5e-4, 1e-3)
 
 _FP8_MAX = 448.0  # largest number of float8_e4m3fn
 _KEPT_IN_FP8 = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")  # as FP8 rollouts keep them
@@ -219,7 +219,7 @@ def flips(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[Valu
         change["rms_ratio"] = float(change["sequence_rms"] or 0) / max(float(change["token_rms"] or 0), 1e-30)
         change["slope_std_log_s"] = length_scaling(d)[0]["slope_std_log_s"]
         values |= prefixed(f"flip_{share:g}", change)
-        for key in ("token_rms", "sequence_rms", "weight_rms", "token_outside", "sequence_outside_wide"):
+        for key in FLIP_CURVES:
             curves.setdefault(key, []).append(float(change[key] or 0))
     return values, curves
 
@@ -297,7 +297,7 @@ def summarize_precision(ratios: dict[str, np.ndarray]) -> tuple[Values, Curves]:
     simulated = [one for name, one in found.items() if name.startswith("mismatch_")]
     values["mismatch_error"] = max(float(one["error"] or 0) for one in simulated)
     curves: Curves = {"kl": list(MISMATCHES)}
-    for key in ("positive", "negative", "positive_predicted", "negative_predicted"):
+    for key in RATE_CURVES:
         curves[key] = [float(one[key] or 0) for one in simulated]
     return values, curves
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from gspo_megatron.stability.benchmark.measurements import measured_names
+
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +39,9 @@ def test_a_measurement_follows_its_cold_start(tmp_path: Path) -> None:
     assert math.isfinite(found["log_s"]["mean"]) and list(found["log_s"]["by_seed"]) == ["201"]
     assert found["log_s"]["verdict"] == "undecided", "one seed decides nothing"
     assert found["gap"]["mean"] is None and found["gap"]["verdict"] == "undecided"
-    [values] = [json.loads(p.read_text())["values"] for p in (tmp_path / "b" / "cells").glob("measure-*/result.json")]
+    [result] = [json.loads(p.read_text()) for p in (tmp_path / "b" / "cells").glob("measure-*/result.json")]
+    values = result["values"]
+    assert (set(values), set(result["curves"])) == measured_names("lengths")
     assert values["update_slope_std_log_w"] == pytest.approx(values["update_slope_std_log_s"] + 1), "log W is T log s"
 
 
@@ -79,6 +83,7 @@ def test_flips_and_precision_of_a_random_model_over_two_ranks(tmp_path: Path) ->
         assert done.returncode == 0, done.stdout + done.stderr
         found[what] = json.loads((tmp_path / what / "measurement.json").read_text())["values"]
     flips, precision = found["flips"], found["precision"]
+    assert set(flips) == measured_names("flips")[0] and set(precision) == measured_names("precision")[0]
     assert 0 < flips["flip_0.01_token_rms"] < flips["flip_0.1_token_rms"] < flips["flip_1_token_rms"]
     assert 0 < flips["flip_0.1_rms_ratio"] < 1
     assert precision["engine_kl"] < 1e-9 < precision["fp8_kl"], "the same weights, and rounded ones"

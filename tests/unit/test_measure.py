@@ -5,10 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gspo_megatron.measure import flip_experts, flip_routes, logprobs, own_routes, to_fp8
+from gspo_megatron.measure import flip_experts, flip_routes, logprobs, own_routes, summarize_precision, to_fp8
+from gspo_megatron.stability.benchmark.measurements import measured_names
 from gspo_megatron.types import RecordedRoutes
 
 
@@ -78,3 +80,12 @@ def test_every_share_is_flipped_of_the_own_routes_and_not_of_those_under_the_las
         differs = (policy.forced[-1].sort(-1).values != own[0].experts.sort(-1).values).any(-1)
         assert abs(float(differs.float().mean()) - share) < 0.04
     assert float(policy.forced[0].float().mean()) == 0.5, "nothing flipped: the own experts 0 and 1"
+
+
+def test_what_precision_writes_is_what_a_benchmark_may_name() -> None:
+    generator = np.random.default_rng(0)
+    values, curves = measured_names("precision")
+    kinds = {name.removesuffix("_kl_k1") for name in values if name.endswith("_kl_k1")}
+    found = summarize_precision({kind: generator.normal(-1e-3, 0.03, (8, 16)) for kind in sorted(kinds)})
+    assert set(found[0]) == values and set(found[1]) == curves
+    assert {"engine", "fp8", "bf16", "flip_0.1", "noise_0.03", "bias_0.001", "mismatch_0.0015"} <= kinds

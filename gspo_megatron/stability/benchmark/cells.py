@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.errors import UserError
+from gspo_megatron.stability.benchmark.names import check_names
 from gspo_megatron.stability.benchmark.spec import Claim, Experiment, Grid, Settings, Spec, flatten
 from gspo_megatron.stability.benchmark.statistics import share_difference
 
@@ -75,6 +76,7 @@ def make_plan(spec: Spec, root: Path) -> Plan:
     Raises:
         UserError: a base or model can't be read, or a claim or panel selects nothing.
     """
+    check_names(spec)
     contents = {file: _read_base(root / file) for file in filter(None, [spec.train_base, spec.sft_base])}
     models = {name: [_model_config(root, model.base), model.config] for name, model in spec.models.items()}
     cells: dict[str, Cell] = {}

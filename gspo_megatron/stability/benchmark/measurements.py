@@ -14,6 +14,15 @@ from gspo_megatron.stability.benchmark.statistics import slope
 
 GRPO_CLIP = (0.2, 0.27)
 
+# Precision: simulated mismatch of the central warning's table (nats a token), and plain shifts of log-probabilities.
+MISMATCHES = (3e-5, 1e-4, 3e-4, 7.5e-4, 1.5e-3)
+FLIPS = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the (token, layer) expert sets
+FLIPS_OF_PRECISION = (0.01, 0.1)
+NOISES = (0.01, 0.03)  # standard deviation of a token's log-probability
+BIASES = (2e-4, 5e-4, 1e-3)
+FLIP_CURVES = ("token_rms", "sequence_rms", "weight_rms", "token_outside", "sequence_outside_wide")
+RATE_CURVES = ("positive", "negative", "positive_predicted", "negative_predicted")
+
 Values = dict[str, float | None]
 Curves = dict[str, list[float]]
 
@@ -107,3 +116,22 @@ def clip_by_sign(d: np.ndarray, clip: tuple[float, float] = PAPER_CLIP) -> Value
 def prefixed(name: str, values: dict[str, Any]) -> dict[str, Any]:
     """The values under NAME_key."""
     return {f"{name}_{key}": value for key, value in values.items()}
+
+
+def measured_names(what: str) -> tuple[set[str], set[str]]:
+    """Names of the values and of the curves that `measure` with measure.what = `what` may write."""
+    nothing = np.zeros((2, 16))
+    if what == "lengths":
+        values, curves = length_scaling(nothing)
+        return (
+            {f"{of}_{key}" for of in ("update", "fp8") for key in values},
+            {f"{of}_{key}" for of in ("update", "fp8") for key in curves},
+        )
+    if what == "flips":
+        keys = [*ratio_change(nothing), "rms_ratio", "slope_std_log_s"]
+        return {f"flip_{share:g}_{key}" for share in FLIPS for key in keys}, {"share", *FLIP_CURVES}
+    kinds = ["engine", "fp8", "bf16"]
+    for name, levels in (("flip", FLIPS_OF_PRECISION), ("noise", NOISES), ("bias", BIASES), ("mismatch", MISMATCHES)):
+        kinds += [f"{name}_{level:g}" for level in levels]
+    of_kinds = {f"{kind}_{key}" for kind in kinds for key in clip_by_sign(nothing)}
+    return of_kinds | {"mismatch_error"}, {"kl", *RATE_CURVES}

@@ -19,6 +19,11 @@ from gspo_megatron.stability.quantities import collapsed_from
 RESULT, FAILURE = "result.json", "failed.json"
 _ENTRY = re.compile(r"(?P<name>\w+)\[(?P<index>-?\d+)\]")
 _REDUCTION = re.compile(r"(?P<name>[a-z_]+)(:(?P<number>[0-9.eE+-]+))?")
+REDUCTIONS = {
+    "mean": False, "min": False, "max": False, "first": True, "last": True, "final": False, "collapsed": False,
+    "batches_to": True, "seconds_to": True,
+}  # fmt: skip
+"""Name -> whether a number follows, as in last:10."""
 WINDOW = 5  # batches of a moving mean
 
 
@@ -76,6 +81,12 @@ def number(result: Result, metric: str, reduce: str) -> float:
     return _reduce(reduce, series, column(result, "time_step_s"))
 
 
+def split_entry(metric: str) -> tuple[str, bool]:
+    """`name[i]` -> the name, and whether it names an entry of a list."""
+    entry = _ENTRY.fullmatch(metric)
+    return (entry["name"], True) if entry else (metric, False)
+
+
 def column(result: Result, metric: str) -> np.ndarray:
     """[batches] a metric of a training run, NaN where not measured."""
     entry = _ENTRY.fullmatch(metric)
@@ -92,10 +103,18 @@ def moving_mean(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, np.ones(window) / window, mode="valid")
 
 
-def _reduce(reduce: str, series: np.ndarray, seconds: np.ndarray) -> float:
+def check_reduction(reduce: str) -> None:
+    """Raises UserError if `reduce` is none, or lacks or has a number that it should not."""
     match = _REDUCTION.fullmatch(reduce)
-    if match is None:
-        raise UserError(f'reduce="{reduce}" is no reduction, such as mean or last:10')
+    if match is None or match["name"] not in REDUCTIONS or (match["number"] is not None) != REDUCTIONS[match["name"]]:
+        known = ", ".join(f"{name}:N" if takes_number else name for name, takes_number in REDUCTIONS.items())
+        raise UserError(f'reduce="{reduce}" is no reduction of a run\'s batches; use one of {known}')
+
+
+def _reduce(reduce: str, series: np.ndarray, seconds: np.ndarray) -> float:
+    check_reduction(reduce)
+    match = _REDUCTION.fullmatch(reduce)
+    assert match is not None
     name, argument = match["name"], float(match["number"] or 0)
     known = series[np.isfinite(series)]
     if not known.size:
@@ -109,13 +128,8 @@ def _reduce(reduce: str, series: np.ndarray, seconds: np.ndarray) -> float:
         return float(known[-1])
     if name == "collapsed":
         return float(collapsed_from(known.tolist(), WINDOW) is not None)
-    if name in ("batches_to", "seconds_to"):
-        reached = np.flatnonzero(moving_mean(known) >= argument)
-        if not reached.size:
-            return math.nan
-        batches = int(reached[0]) + min(WINDOW, known.size)
-        return float(batches) if name == "batches_to" else float(np.nansum(seconds[:batches]))
-    raise UserError(
-        f'reduce="{reduce}" is no reduction; use mean, min, max, first:N, last:N, final, collapsed, batches_to:X or '
-        "seconds_to:X"
-    )
+    reached = np.flatnonzero(moving_mean(known) >= argument)
+    if not reached.size:
+        return math.nan
+    batches = int(reached[0]) + min(WINDOW, known.size)
+    return float(batches) if name == "batches_to" else float(np.nansum(seconds[:batches]))

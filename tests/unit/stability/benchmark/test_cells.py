@@ -86,6 +86,14 @@ def test_the_command_line_of_a_cell(tmp_path: Path) -> None:
         ('hypothesis = "The one."', "", "hypothesis must be set"),
         ('reduce = "last:2"', 'reduce = "last:2"\nreduces = 1', 'unknown key "reduces". Did you mean "reduce"'),
         ('train = "train.toml"', 'train = "gone.toml"', "gone.toml does not exist"),
+        ('metric = "clip_fraction_token"', 'metric = "clip_fraction_tokn"', 'Did you mean "clip_fraction_token"'),
+        ('metric = "clip_fraction_token"', 'metric = "clip_fraction_token_mini_batches"', "is a list; name one number"),
+        ('reduce = "mean"', 'reduce = "meen"', 'reduce="meen" is no reduction'),
+        ('reduce = "mean"', 'reduce = "last"', 'reduce="last" is no reduction'),
+        ('reduce = "mean"', "", 'reduce="" is no reduction'),
+        ('kind = "batches"', 'kind = "curve"', 'kind="curve" does not fit'),
+        ('kind = "batches"', 'kind = "mini_batches"', "is no list"),
+        ('command = "train"', 'command = "measure"', "a measurement has none"),
     ],
 )
 def test_mistakes_in_the_file_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
