@@ -1,6 +1,6 @@
 """Settings in and out: strict TOML, `--section.key value` overrides, the resolved file, the reference of all keys.
 
-The dataclasses of config.py are the only definition; names, types, defaults and help are read from them.
+The dataclasses of `config` are the only definition; names, types, defaults and help are read from them.
 """
 
 from __future__ import annotations
