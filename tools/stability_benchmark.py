@@ -124,7 +124,10 @@ def describe(outcome: Outcome, budget: float | None) -> None:
         why = f"they {late}wait for a cold start that is not done"
         print(f"{len(outcome.left_out)} cells were not started: {why}; the same command goes on", file=sys.stderr)
     if outcome.busy:
-        print(f"{len(outcome.busy)} cells are run by another process", file=sys.stderr)
+        print(
+            f"{len(outcome.busy)} cells are run by another process; the same command reports on them later",
+            file=sys.stderr,
+        )
 
 
 def run(options: argparse.Namespace) -> int:

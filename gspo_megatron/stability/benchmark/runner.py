@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -286,7 +287,7 @@ def _start(spec: Spec, cell: Cell, place: Workplace, timeout_s: float) -> _Runni
         stdout=log,
         stderr=subprocess.STDOUT,
         pass_fds=[lock.fileno()],
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=functools.partial(_die_with, os.getpid()) if sys.platform == "linux" else None,
     )
     return _Running(cell, process, lock, log, time.monotonic(), timeout_s)
 
@@ -294,10 +295,12 @@ def _start(spec: Spec, cell: Cell, place: Workplace, timeout_s: float) -> _Runni
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """In the child: the kernel kills it when the benchmark dies, even by SIGKILL."""
     assert _LIBC is not None
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)
 
 
 def _finish(job: _Running, place: Workplace) -> Result | None:
