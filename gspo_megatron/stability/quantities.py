@@ -111,9 +111,11 @@ class Collapse:
         return self.best if max(self.last) < COLLAPSED * self.best else None
 
 
-def collapsed_from(rewards: Iterable[float], batches: int) -> float | None:
-    """`Collapse.collapsed_from` after all of these rewards."""
+def has_collapsed(rewards: Iterable[float], batches: int) -> bool:
+    """Whether the reward was collapsed at any time, also if it came back later."""
     collapse = Collapse(batches)
     for reward in rewards:
         collapse.add(reward)
-    return collapse.collapsed_from
+        if collapse.collapsed_from is not None:
+            return True
+    return False

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gspo_megatron.errors import UserError
-from gspo_megatron.stability.quantities import collapsed_from
+from gspo_megatron.stability.quantities import has_collapsed
 
 RESULT, FAILURE = "result.json", "failed.json"
 _ENTRY = re.compile(r"(?P<name>\w+)\[(?P<index>-?\d+)\]")
@@ -71,7 +71,7 @@ def number(result: Result, metric: str, reduce: str) -> float:
     Args:
         metric: a value of a measurement, or a metric of a training run, `name[i]` for entry i of a list.
         reduce: of a training run's batches: mean, min, max, first:N, last:N (means), final (the last one measured),
-            collapsed (0 or 1, what the watchdog calls reward_collapse, at the run's end), batches_to:X or seconds_to:X
+            collapsed (0 or 1, whether the watchdog's reward_collapse held at any batch), batches_to:X or seconds_to:X
             (when the moving mean of 5 batches first reaches X).
     """
     if not reduce:
@@ -127,7 +127,7 @@ def _reduce(reduce: str, series: np.ndarray, seconds: np.ndarray) -> float:
     if name == "final":
         return float(known[-1])
     if name == "collapsed":
-        return float(collapsed_from(known.tolist(), WINDOW) is not None)
+        return float(has_collapsed(known.tolist(), WINDOW))
     reached = np.flatnonzero(moving_mean(known) >= argument)
     if not reached.size:
         return math.nan

@@ -20,7 +20,7 @@ from gspo_megatron.stability.benchmark.statistics import (
     smallest_p,
     t_quantile,
 )
-from gspo_megatron.stability.quantities import collapsed_from
+from gspo_megatron.stability.quantities import Collapse, has_collapsed
 from tests.unit.stability.benchmark.benchmark_setup import result
 
 # KL a token -> clipped shares in percent, A > 0 and A < 0, at 4,096 tokens and the paper's clip: simulated.
@@ -169,10 +169,20 @@ def test_batches_and_seconds_to_a_reward() -> None:
     assert math.isnan(number(run, "reward_mean", "batches_to:1.5"))
 
 
+def collapsed_from(rewards: list[float]) -> float | None:
+    collapse = Collapse(5)
+    for reward in rewards:
+        collapse.add(reward)
+    return collapse.collapsed_from
+
+
 def test_collapse_is_half_of_the_best() -> None:
-    assert collapsed_from([0.8] * 10 + [0.3] * 5, 5) == pytest.approx(0.8)
-    assert collapsed_from([0.8] * 10 + [0.3] * 4 + [0.41], 5) is None, "each of the last, not their mean"
-    assert collapsed_from([0.1] * 10 + [0.9] * 5, 5) is None
-    assert collapsed_from([0.8] * 4 + [0.1] * 5, 5) is None, "too short to have a best"
-    assert collapsed_from([0.0] * 20, 5) is None, "nothing was there to lose"
+    assert collapsed_from([0.8] * 10 + [0.3] * 5) == pytest.approx(0.8)
+    assert collapsed_from([0.8] * 10 + [0.3] * 4 + [0.41]) is None, "each of the last, not their mean"
+    assert collapsed_from([0.1] * 10 + [0.9] * 5) is None
+    assert collapsed_from([0.8] * 4 + [0.1] * 5) is None, "too short to have a best"
+    assert collapsed_from([0.0] * 20) is None, "nothing was there to lose"
+    assert collapsed_from([0.8] * 10 + [0.3] * 5 + [0.9]) is None
+    assert has_collapsed([0.8] * 10 + [0.3] * 5 + [0.9] * 10, 5), "a collapse that the run came back from is one"
+    assert not has_collapsed([0.8] * 10 + [0.3] * 4 + [0.9] * 10, 5)
     assert number(result(reward_mean=[0.8] * 10 + [0.3, None] + [0.3] * 4), "reward_mean", "collapsed") == 1
