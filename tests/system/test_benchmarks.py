@@ -54,6 +54,7 @@ def test_the_loss_head_is_measured(tmp_path: Path) -> None:
     assert float(rows[1][7]) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_updates_are_measured_beside_a_plain_broadcast(tmp_path: Path) -> None:
     output = tmp_path / "table.md"
@@ -124,7 +125,7 @@ def test_kernels_are_measured_and_a_peer_that_ends_the_process_is_left_out(tmp_p
     assert len([figure for figure in report["figures"] if figure["met"] is not None]) == 7
 
 
-@pytest.mark.parametrize("case", ["token_logprobs", "sparse_backward"])
+@pytest.mark.parametrize("case", [pytest.param("token_logprobs", marks=pytest.mark.slow), "sparse_backward"])
 def test_candidates_agree_with_the_definition(case: str, tmp_path: Path) -> None:
     size = {"token_logprobs": "48x300", "sparse_backward": "256x16x300"}[case]
     output = tmp_path / "kernels"

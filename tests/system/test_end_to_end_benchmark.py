@@ -25,6 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sides", SIDES)
 def test_the_sides_do_the_job(tmp_path: Path, sides: str) -> None:
     output = tmp_path / "new/result"

@@ -113,6 +113,7 @@ def test_a_killed_serve_leaves_nothing_and_a_port_in_use_is_refused(
     wait_until_gone(family)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_with_routed_experts_and_random_weights(tmp_path: Path, model: Path) -> None:
     config = SGLangConfig(python=str(sglang_python()), tensor=2, routed_experts=True, start_timeout_s=START_S)
     with ServerManager(config, model, "float32", tmp_path, random_weights=True) as manager:
