@@ -22,11 +22,13 @@ class History:
     """The rows of trained batches, and figures over all of them: one more row costs no more for a long run."""
 
     def __init__(self, window: int) -> None:
-        """`window`: batches that a collapse takes."""
+        """`window`: batches that a collapse takes, and that a share of clipped responses is a mean over."""
+        self.window = window
         self.rows: list[Row] = []
         self.first_mismatch: float | None = None  # the first kl_rollout_trainer that was measured
         self.largest_rate: float | None = None  # learning rate
         self.reward = Collapse(window)
+        self.most_clipped = 0.0  # largest mean of clip_fraction_sequence over `window` rows
         self._norms: list[float] = []  # grad_norm of the rows that have a gradient, sorted
         self.norms_before: tuple[int, float] = (0, math.nan)  # their number and median without the last row
 
@@ -43,6 +45,8 @@ class History:
         reward = value_of(row, "reward_mean")
         if reward is not None:
             self.reward.add(reward)
+        if (clipped := self.last("clip_fraction_sequence", self.window)) is not None:
+            self.most_clipped = max(self.most_clipped, math.fsum(clipped) / self.window)
         self.norms_before = self.norms
         if norm := value_of(row, "grad_norm"):
             bisect.insort(self._norms, norm)

@@ -30,6 +30,7 @@ TEMPERATURE_TURN = 2.0
 LARGE_STALENESS = 0.2
 IDLE_CLIP = 2.5  # clip over the deviation of log s: 0.6 to 1.3 in healthy runs, 3.6 at a clip of 0.2
 IDLE_SHARE = 0.02  # of the responses clipped: 0.05 to 0.25, and 0.007 to 0.015
+CLIPS = 0.06  # of the responses clipped in `patience` batches: 0.13 to 0.18 early in healthy runs, 0.02 and 0.03
 ONE_SIDED = 4.0  # clip fractions of negative and positive advantages
 MIN_HISTORY = 5  # rows before a median or a best is one
 
@@ -244,6 +245,8 @@ def _clip_never(history: History, facts: Facts) -> str | None:
     if (
         rates and min(rates) < (history.largest_rate or 0.0) / 2
     ):  # at the end of a decay, or in the warm-up, little moves
+        return None
+    if history.most_clipped > CLIPS:  # it did clip while the policy moved: what has converged needs no clip
         return None
     deviation = statistics.median(spread)
     if statistics.fmean(clipped) > IDLE_SHARE or narrow < IDLE_CLIP * deviation:

@@ -153,6 +153,12 @@ def test_facts_of_a_config() -> None:
     assert Facts.of({}) == Facts(None, None, 4)
 
 
+def test_a_clip_that_was_at_work_may_rest_when_the_policy_has_converged() -> None:
+    idle = {"clip_fraction_sequence": 0.0, "log_ratio_sequence_std": 0.005}
+    assert names(rows(5, *[idle] * 10)) == []
+    assert names(rows(0, *[idle] * 10)) == ["clip_never"]
+
+
 def test_an_algorithm_without_a_clip_is_told_nothing_of_clips() -> None:
     facts = Facts.of({"algorithm": {"name": "sapo", "mini_batches": 4}})
     idle = {"clip_fraction_sequence": 0.0, "clip_fraction_positive": 0.0, "clip_fraction_negative": 0.0}
