@@ -78,6 +78,11 @@ def _check(config: MeasureConfig) -> None:
             f"parallel.context={config.parallel.context}: measure looks at whole responses; set it to 1 and use other "
             "degrees"
         )
+    if config.measure.what == "lengths" and config.algorithm.kl_coefficient:
+        raise UserError(
+            f'algorithm.kl_coefficient={config.algorithm.kl_coefficient}: the update that measure.what="lengths" looks '
+            "at keeps no reference model; set it to 0"
+        )
     if config.rollout.engine != "embedded":
         raise UserError(
             f'rollout.engine="{config.rollout.engine}" does not take the rounded weights that measure gives it; set '
@@ -172,7 +177,7 @@ def lengths(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[Va
     batches = sample(job, config, skip=skip)
     _, before = logprobs(policy, job, batches)
     algorithm = algorithms.build(config.algorithm, config.kernels.implementation)
-    mismatch = algorithms.Mismatch.from_config(config.algorithm)
+    mismatch = algorithms.mismatch_of(config.algorithm)
     for update in range(config.measure.updates):
         first = update * config.rollout.prompts_per_batch
         experience = collect(job, algorithm, batch=update + 1, first_prompt=first)
@@ -186,7 +191,10 @@ def lengths(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[Va
         )
         policy.fill_old_logprobs(mini_batches)
         for batch in mini_batches:
-            policy.train_step(batch, observed_loss(algorithm, mismatch, num_sequences=batch.num_global_sequences))
+            loss = observed_loss(
+                algorithm, mismatch, num_sequences=batch.num_global_sequences, num_tokens=batch.num_global_tokens
+            )
+            policy.train_step(batch, loss)
         sync_weights(policy, job, version=update + 1)
     _, after = logprobs(policy, job, batches)
     _sync_rounded(policy, job)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -171,7 +172,7 @@ def _exchange_routes(
     all_valid = moved(valid).view(torch.bool)
     kept = []
     for layer in range(shape.num_layers):
-        of_layer = moved(lambda s, layer=layer: experts(s, layer))  # type: ignore[misc]
+        of_layer = moved(partial(experts, layer=layer))
         if layer in shape.layers:
             kept.append(of_layer.view(torch.int16).reshape(-1, shape.experts_per_token))
     none = torch.empty(sum(rows), 0, shape.experts_per_token, dtype=torch.int16)

@@ -89,3 +89,45 @@ def test_flips_and_precision_of_a_random_model_over_two_ranks(tmp_path: Path) ->
     assert precision["engine_kl"] < 1e-9 < precision["fp8_kl"], "the same weights, and rounded ones"
     assert precision["flip_0.01_kl"] < precision["flip_0.1_kl"]
     assert precision["bias_0.001_negative"] == 1 and precision["bias_0.001_positive"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"algorithm.name": "cispo"}, ""),  # divides by the tokens of the global batch
+        ({"algorithm.name": "minirl"}, ""),  # has a mismatch weight of its own
+        ({"algorithm.name": "gspo", "algorithm.kl_coefficient": "0.1"}, "algorithm.kl_coefficient=0.1"),
+    ],
+    ids=["cispo", "minirl", "kl"],
+)
+def test_the_update_that_is_measured_is_any_objectives(settings: dict[str, str], says: str, tmp_path: Path) -> None:
+    small = {
+        "model.path": "examples/quickstart/model",
+        "model.init": "random",
+        "parallel.tensor": "1",
+        "parallel.expert": "1",
+        "algorithm.clip_low": "null",
+        "algorithm.clip_high": "null",
+        "algorithm.mini_batches": "2",
+        "rollout.prompts_per_batch": "8",
+        "measure.what": "lengths",
+        "measure.prompts": "8",
+        "measure.response_tokens": "64",
+        "measure.skip_tokens": "8",
+        "measure.updates": "1",
+        "run.folder": str(tmp_path / "run"),
+    }
+    words = [word for key, value in (small | settings).items() for word in (f"--{key}", value)]
+    done = subprocess.run(
+        [sys.executable, "-m", "gspo_megatron", "measure", "examples/quickstart/gspo.toml", *words],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == (2 if says else 0), done.stdout + done.stderr
+    assert says in done.stderr
+    assert (tmp_path / "run" / "measurement.json").is_file() == (not says)
