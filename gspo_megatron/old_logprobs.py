@@ -41,10 +41,11 @@ class OldLogprobs:
     def fill(self, batches: Sequence[StepBatch], batch: int, *, record_routes: bool = False) -> float | None:
         """Set old_logprobs of every micro-batch, on the last pipeline stage, for rollout batch `batch`, from 1.
 
-        With `record_routes` they are recomputed, and `recorded` is set too.
+        With `record_routes` the trainer's pass is taken in any case, for `recorded`; which log-probabilities are used
+        does not depend on it.
 
         Returns:
-            The seconds that the engine's log-probabilities saved; None where the trainer's were computed.
+            The seconds that the engine's log-probabilities saved; None where the trainer's are used.
 
         Raises:
             UserError: under "rollout", the engine's are too far from the trainer's.
@@ -53,10 +54,12 @@ class OldLogprobs:
             self.policy.fill_old_logprobs(batches, record_routes=record_routes)
             return None
         start = time.perf_counter()
-        is_due = record_routes or (batch - 1) % self.config.old_logprobs_every == 0
+        is_due = (batch - 1) % self.config.old_logprobs_every == 0
         takes_engines = self.is_open and not is_due
-        if not takes_engines or not self._has_measured:
+        measures = not takes_engines or not self._has_measured
+        if measures or record_routes:
             self.policy.fill_old_logprobs(batches, record_routes=record_routes)
+        if measures:
             measured = self._measure(batches)
             self._recompute_s = time.perf_counter() - start
             if measured is not None:

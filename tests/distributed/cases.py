@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -411,18 +411,10 @@ def _router_margin(router: Any, hidden: torch.Tensor) -> float:
 
 def train_config(config: dict[str, Any]) -> Any:
     """A TrainConfig from tables, as a TOML file would hold them."""
-    from gspo_megatron import config as c
+    from gspo_megatron.config import TrainConfig
 
-    sections = {
-        "run": c.RunConfig,
-        "model": c.ModelConfig,
-        "task": c.TaskConfig,
-        "algorithm": c.AlgorithmConfig,
-        "rollout": c.RolloutConfig,
-        "data": c.DataConfig,
-        "optimizer": c.OptimizerConfig,
-    }
-    return c.TrainConfig(**{name: kind(**config.get(name, {})) for name, kind in sections.items()})  # type: ignore[arg-type]
+    sections = get_type_hints(TrainConfig)
+    return TrainConfig(**{name: sections[name](**table) for name, table in config.items()})
 
 
 def first_batch(layout: dict[str, int], config: dict[str, Any], sabotage: str = "") -> dict[str, Any]:

@@ -21,9 +21,14 @@ def run(
     temperatures: list[float],
     resumed: int = 0,
     trained: tuple[float, ...] = (),
+    telemetry_every: int = 0,
     **algorithm: Any,
 ) -> list[dict[str, Any]]:
-    config = {**CONFIG, "algorithm": {**CONFIG["algorithm"], "old_logprobs_every": 3, **algorithm}}
+    config = {
+        **CONFIG,
+        "algorithm": {**CONFIG["algorithm"], "old_logprobs_every": 3, **algorithm},
+        "telemetry": {"every": telemetry_every},
+    }
     return ranks(ParallelLayout(**layout).world_size).run(
         "tests.distributed.telemetry_cases:bypass",
         layout=layout,
@@ -64,6 +69,14 @@ def test_the_engines_are_used_between_measurements(
             assert (key not in row) == used, key
         assert row["kl_total"] > 0
     assert 0 < rows[1]["time_logprobs_saved_s"] < rows[0]["time_logprobs_s"]
+
+
+def test_telemetry_changes_nothing_of_the_training(ranks: Callable[[int], RankPool]) -> None:
+    silent, measured = (run(ranks, {}, [1.0, 1.0, 1.1], old_logprobs="auto", telemetry_every=n) for n in (0, 1))
+    assert sources(measured) == sources(silent) == [False, True, True]
+    rows = [[b["row"] for b in r["batches"]] for r in (silent[0], measured[0])]
+    assert [row["expert_change_fraction"] is not None for row in rows[1]] == [True] * 3
+    assert [row["grad_norm"] for row in rows[0]] == [row["grad_norm"] for row in rows[1]]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
