@@ -16,6 +16,7 @@ from torch import Tensor
 from gspo_megatron.algorithms import Algorithm, Mismatch, Objective, objective
 from gspo_megatron.experience import Experience
 from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.ops.reference import sequence_of_token, sums_per_sequence
 from gspo_megatron.policy.policy import MegatronPolicy, StepResult
 from gspo_megatron.policy.router import RouterLosses
 from gspo_megatron.policy.step import LossFunction
@@ -73,11 +74,10 @@ def observe(
     zero = torch.zeros_like(micro.old_logprobs)
     gap = torch.where(mask, micro.old_logprobs - micro.rollout_logprobs, zero)
     token_log_ratio = torch.where(mask, logprobs.detach() - micro.old_logprobs, -torch.inf)  # 0 would be a ratio of 1
-    segment = torch.searchsorted(micro.cu_seqlens, torch.arange(mask.numel(), device=mask.device), right=True) - 1
+    sequences = sequence_of_token(micro.cu_seqlens, mask.numel())
 
     def per_sequence(values: Tensor) -> Tensor:
-        out = torch.zeros(micro.sequence_ids.numel(), dtype=torch.float64, device=mask.device)
-        return out.index_add_(0, segment, values.double())
+        return sums_per_sequence(values.double()[None], sequences, micro.sequence_ids.numel())[0, :-1]
 
     clipped_tokens = per_sequence(stats.clipped_tokens & mask)
     is_per_token = micro.advantages.numel() != micro.sequence_ids.numel()

@@ -7,15 +7,14 @@ waits for the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gspo_megatron.ops import PolicyLossStats, check_policy_tokens
+from gspo_megatron.ops.known_gradient import with_gradient
 from gspo_megatron.ops.reference import all_reduce, sequence_of_token, sums_per_sequence
 from gspo_megatron.types import MicroBatch
 
@@ -94,22 +93,6 @@ class PolicyTokens:
         return torch.where(self.advantages > 0, positive, torch.full_like(self.advantages, negative))
 
 
-class _KnownGradient(torch.autograd.Function):
-    """A loss whose gradient is known already: backward has no collective, and reads nothing under the mask."""
-
-    @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.dtype = logprobs.dtype
-        return loss.to(logprobs.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad_loss.double()).to(ctx.dtype), None, None
-
-
 def token_loss(
     logprobs: Tensor,  # [T]
     tokens: PolicyTokens,
@@ -152,4 +135,4 @@ def token_loss(
         clipped_tokens=clipped,
         num_response_tokens=responses.num_tokens[:-1].long(),
     )
-    return _KnownGradient.apply(logprobs, loss, gradient), stats
+    return with_gradient(logprobs, loss, gradient), stats

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from gspo_megatron.errors import UserError
 from gspo_megatron.groups import Group
+from gspo_megatron.ops.reference import sequence_of_token
 
 if TYPE_CHECKING:
     from gspo_megatron.policy.router import RouterInputs
@@ -177,9 +178,8 @@ def _offsets(lengths: Tensor) -> Tensor:
 
 def _segment_of(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Of each token, its segment and its position in the segment. [num_tokens] int64 each."""
-    token = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    segment = torch.searchsorted(cu_seqlens, token, right=True) - 1
-    return segment, token - cu_seqlens.long()[segment]
+    segment = sequence_of_token(cu_seqlens, num_tokens)
+    return segment, torch.arange(num_tokens, device=cu_seqlens.device) - cu_seqlens.long()[segment]
 
 
 class Rotate(torch.autograd.Function):

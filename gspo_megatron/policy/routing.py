@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gspo_megatron.errors import CauseError
 from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.ops.reference import sequence_of_token
 from gspo_megatron.types import MicroBatch, RecordedRoutes, RouteShape
 
 CHECKED_STEPS = 8
@@ -101,8 +102,7 @@ class RouterCall:
 
 def sequence_of(micro: MicroBatch) -> Tensor:
     """[T] int64, place of each token's sequence in the pack; S for padding."""
-    token = torch.arange(micro.num_tokens, device=micro.cu_seqlens.device, dtype=micro.cu_seqlens.dtype)
-    sequence = torch.searchsorted(micro.cu_seqlens, token, right=True) - 1
+    sequence = sequence_of_token(micro.cu_seqlens, micro.num_tokens)
     is_real = micro.positions < micro.lengths[sequence]
     return torch.where(is_real, sequence, micro.lengths.numel())
 

@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.ops.known_gradient import with_gradient
 from gspo_megatron.policy.attention import packed_sequences
 from gspo_megatron.policy.router import RouterInputs
 from gspo_megatron.policy.routing import RoutePass
@@ -59,20 +60,6 @@ def forward_backward(
     )
 
 
-class _KnownGradient(torch.autograd.Function):
-    """A loss whose gradient by the model's output was computed already."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_value, None, None
-
-
 def _without_idle_backward(value: Tensor, output: Tensor, groups: ProcessGroups) -> Tensor:
     """The loss, cut off from the model where its gradient by the model's output is 0 on all tensor- and
     context-parallel ranks of the replica."""
@@ -82,7 +69,7 @@ def _without_idle_backward(value: Tensor, output: Tensor, groups: ProcessGroups)
         if group.size() > 1:
             dist.all_reduce(is_needed, dist.ReduceOp.MAX, group=group)
     if is_needed:
-        return _KnownGradient.apply(output, value.detach(), gradient)
+        return with_gradient(output, value.detach(), gradient)
     return value.detach().requires_grad_().clone()  # Megatron may write over it: no leaf
 
 
