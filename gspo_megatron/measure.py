@@ -3,17 +3,16 @@ routes and lost precision do to them. One file of plain numbers comes of it."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gspo_megatron import algorithms
 from gspo_megatron.config import MeasureConfig
 from gspo_megatron.data.exchange import distribute
 from gspo_megatron.errors import UserError
@@ -37,10 +36,10 @@ from gspo_megatron.stability.benchmark.measurements import (
     prefixed,
     ratio_change,
 )
-from gspo_megatron.step_metrics import observed_loss
+from gspo_megatron.trainer import Trainer
 from gspo_megatron.types import Group, NamedTensor, RecordedRoutes, StepBatch
 from gspo_megatron.types import Sequence as TrainSequence
-from gspo_megatron.weight_sync import generate, sync_weights
+from gspo_megatron.weight_sync import generate
 from gspo_megatron.weights.families import load_fields
 
 FILE = "measurement.json"
@@ -53,21 +52,12 @@ _Ratios = tuple[np.ndarray, np.ndarray]  # [S, T] the engine's and the trainer's
 def run(config: MeasureConfig) -> None:
     """The `measure` command on one rank; rank 0 writes run.folder/measurement.json."""
     _check(config)
+    replay = "r3" if _forces_routes(config) else config.model.routing_replay
     with open_job(config) as job:
-        algorithm = algorithms.build(config.algorithm, config.kernels.implementation)
-        policy = MegatronPolicy(
-            dataclasses.replace(config.model, routing_replay="r3") if _forces_routes(config) else config.model,
-            config.optimizer,
-            job.groups,
-            seed=config.run.seed,
-            total_steps=config.train.rollout_batches * algorithm.mini_batches,
-            temperature=config.rollout.temperature,
-            memory=config.memory,
-            kernels=config.kernels,
-        )
-        sync_weights(policy, job, version=0)
+        trainer = Trainer(replace(config, model=replace(config.model, routing_replay=replay)), job)
+        trainer.sync()
         measurements = {"lengths": lengths, "flips": flips, "precision": precision}
-        values, curves = measurements[config.measure.what](policy, job, config)
+        values, curves = measurements[config.measure.what](trainer, config)
         if job.groups.rank == 0:
             _write(Path(config.run.folder), values, curves)
 
@@ -77,11 +67,6 @@ def _check(config: MeasureConfig) -> None:
         raise UserError(
             f"parallel.context={config.parallel.context}: measure looks at whole responses; set it to 1 and use other "
             "degrees"
-        )
-    if config.measure.what == "lengths" and config.algorithm.kl_coefficient:
-        raise UserError(
-            f'algorithm.kl_coefficient={config.algorithm.kl_coefficient}: the update that measure.what="lengths" looks '
-            "at keeps no reference model; set it to 0"
         )
     if config.rollout.engine != "embedded":
         raise UserError(
@@ -170,38 +155,24 @@ def logprobs(policy: MegatronPolicy, job: Job, batches: list[StepBatch], *, forc
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def lengths(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[Values, Curves]:
+def lengths(trainer: Trainer, config: MeasureConfig) -> tuple[Values, Curves]:
     """How ratios of long responses spread: `update`, between the policy before and after measure.updates rollout
     batches of training; `fp8`, between the engine with weights rounded to FP8, which samples them, and the policy."""
-    skip = config.measure.skip_tokens
+    policy, job, skip = trainer.policy, trainer.job, config.measure.skip_tokens
     batches = sample(job, config, skip=skip)
     _, before = logprobs(policy, job, batches)
-    algorithm = algorithms.build(config.algorithm, config.kernels.implementation)
-    mismatch = algorithms.mismatch_of(config.algorithm)
-    for update in range(config.measure.updates):
-        first = update * config.rollout.prompts_per_batch
-        experience = collect(job, algorithm, batch=update + 1, first_prompt=first)
-        mini_batches = distribute(
-            experience.sequences,
-            job.groups,
-            mini_batches=algorithm.mini_batches,
-            token_budget=config.data.token_budget,
-            pad_token_id=job.tokenizer.pad_token_id,
-            device=job.device,
-        )
-        policy.fill_old_logprobs(mini_batches)
-        for batch in mini_batches:
-            loss = observed_loss(
-                algorithm, mismatch, num_sequences=batch.num_global_sequences, num_tokens=batch.num_global_tokens
-            )
-            policy.train_step(batch, loss)
-        sync_weights(policy, job, version=update + 1)
+    next_prompt = 0
+    for batch in range(1, config.measure.updates + 1):
+        experience = collect(job, trainer.algorithm, batch=batch, first_prompt=next_prompt)
+        next_prompt = experience.next_prompt
+        trainer.learn(experience.sequences, batch)
+        trainer.sync()
     _, after = logprobs(policy, job, batches)
     _sync_rounded(policy, job)
-    engine, trainer = logprobs(policy, job, sample(job, config, skip=skip))
+    engine, rounded = logprobs(policy, job, sample(job, config, skip=skip))
     values: Values = {}
     curves: Curves = {}
-    for name, d in (("update", after - before), ("fp8", trainer - engine)):
+    for name, d in (("update", after - before), ("fp8", rounded - engine)):
         some, lines = length_scaling(d[:, skip:], seed=config.run.seed)
         values |= prefixed(name, some)
         curves |= prefixed(name, lines)
@@ -213,8 +184,9 @@ def lengths(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[Va
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def flips(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[Values, Curves]:
+def flips(trainer: Trainer, config: MeasureConfig) -> tuple[Values, Curves]:
     """Ratios between the policy with a share of its routes flipped at random and the same policy, same weights."""
+    policy, job = trainer.policy, trainer.job
     batches = sample(job, config)
     _, own = logprobs(policy, job, batches)
     routes = own_routes(batches)
@@ -268,7 +240,7 @@ def flip_experts(experts: Tensor, share: float, num_experts: int, generator: tor
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def precision(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[Values, Curves]:
+def precision(trainer: Trainer, config: MeasureConfig) -> tuple[Values, Curves]:
     """What GSPO's clip would do if the old log-probabilities were another's than the trainer's own.
 
     `engine`: the embedded engine's, with the same weights. `fp8`: sampled by an engine whose linear layers are rounded
@@ -277,6 +249,7 @@ def precision(policy: MegatronPolicy, job: Job, config: MeasureConfig) -> tuple[
     normal noise, or plus a constant: no mismatch that sampling could have, as the mean of the ratio is not 1.
     `mismatch_K`: normal log-ratios of mean −K and variance 2K, as a mismatch of K nats a token has.
     """
+    policy, job = trainer.policy, trainer.job
     batches = sample(job, config)
     engine, exact = logprobs(policy, job, batches)
     flipped = {}

@@ -94,15 +94,16 @@ def test_flips_and_precision_of_a_random_model_over_two_ranks(tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    "settings",
     [
-        ({"algorithm.name": "cispo"}, ""),  # divides by the tokens of the global batch
-        ({"algorithm.name": "minirl"}, ""),  # has a mismatch weight of its own
-        ({"algorithm.name": "gspo", "algorithm.kl_coefficient": "0.1"}, "algorithm.kl_coefficient=0.1"),
+        {"algorithm.name": "cispo"},  # divides by the tokens of the global batch
+        {"algorithm.name": "minirl"},  # has a mismatch weight of its own
+        {"algorithm.name": "gspo", "algorithm.kl_coefficient": "0.1"},  # needs the reference model
+        {"algorithm.name": "gspo", "model.routing_replay": "r3"},  # needs the engine's routes
     ],
-    ids=["cispo", "minirl", "kl"],
+    ids=["cispo", "minirl", "kl", "r3"],
 )
-def test_the_update_that_is_measured_is_any_objectives(settings: dict[str, str], says: str, tmp_path: Path) -> None:
+def test_the_update_that_is_measured_is_any_objectives(settings: dict[str, str], tmp_path: Path) -> None:
     small = {
         "model.path": "examples/quickstart/model",
         "model.init": "random",
@@ -128,6 +129,6 @@ def test_the_update_that_is_measured_is_any_objectives(settings: dict[str, str],
         text=True,
         timeout=200,
     )
-    assert done.returncode == (2 if says else 0), done.stdout + done.stderr
-    assert says in done.stderr
-    assert (tmp_path / "run" / "measurement.json").is_file() == (not says)
+    assert done.returncode == 0, done.stdout + done.stderr
+    values = json.loads((tmp_path / "run" / "measurement.json").read_text())["values"]
+    assert values["update_token_ratio_max_growth"] > 0
