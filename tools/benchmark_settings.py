@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from small_moe import MODEL, ragged_sequences
 from torch import Tensor
 
 from gspo_megatron import sft
@@ -31,28 +32,8 @@ from gspo_megatron.logs import quiet_libraries
 from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.policy.runtime import initialize
-from gspo_megatron.types import Sequence, StepBatch
+from gspo_megatron.types import StepBatch
 
-MODEL = {
-    "model_type": "qwen3_moe",
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 128,
-    "norm_topk_prob": True,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
 DEFAULTS = "defaults"
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the sections model and memory
     DEFAULTS: ({}, {}),
@@ -81,15 +62,7 @@ class Kept:
 
 def make_batch(tokens: int) -> StepBatch:
     """One packed micro-batch of ragged sequences, `tokens` in all."""
-    generator = torch.Generator().manual_seed(0)
-    sequences: list[Sequence] = []
-    left = tokens
-    while left > 0:
-        length = min(left, int(torch.randint(LONGEST // 4, LONGEST + 1, (), generator=generator)))
-        token_ids = torch.randint(2, MODEL["vocab_size"], (length,), generator=generator)  # type: ignore[call-overload]
-        mask = torch.arange(length) >= length // 4
-        sequences.append(Sequence(len(sequences), token_ids, mask, torch.zeros(length), torch.tensor(1.0)))
-        left -= length
+    sequences = ragged_sequences(tokens, longest=LONGEST, generator=torch.Generator().manual_seed(0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     micro = pack(sequences, pad_token_id=0, device=device)
     return StepBatch([micro], num_global_sequences=len(sequences), num_global_tokens=micro.response_tokens.numel())

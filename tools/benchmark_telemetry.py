@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from small_moe import MODEL, ragged_sequences
 
 from gspo_megatron import algorithms, step_metrics
 from gspo_megatron.algorithms import Mismatch, objective
@@ -35,26 +36,6 @@ from gspo_megatron.policy.step import LossFunction
 from gspo_megatron.stability.routing import route_metrics
 from gspo_megatron.types import Group, Prompt, Rollout, ScoreReport, Sequence, StepBatch
 
-MODEL = {
-    "model_type": "qwen3_moe",
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 128,
-    "norm_topk_prob": True,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
 LONGEST = 256
 MINI_BATCHES = 4
 ALONE, OBSERVED, MEASURED = "loss alone", "observed, as every batch", "measured, as telemetry.every says"
@@ -64,18 +45,11 @@ def make_batches(tokens: int) -> tuple[list[StepBatch], Experience]:
     """MINI_BATCHES packed micro-batches of ragged sequences, `tokens` in each, and the rollouts they stand for."""
     generator = torch.Generator().manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches, everyone = [], []
+    batches: list[StepBatch] = []
+    everyone: list[Sequence] = []
     for _ in range(MINI_BATCHES):
-        sequences: list[Sequence] = []
-        left = tokens
-        while left > 0:
-            length = min(left, int(torch.randint(LONGEST // 4, LONGEST + 1, (), generator=generator)))
-            token_ids = torch.randint(2, 4096, (length,), generator=generator)
-            mask = torch.arange(length) >= length // 4
-            advantage = torch.randn((), generator=generator)
-            sequences.append(Sequence(len(everyone), token_ids, mask, torch.full((length,), -8.3), advantage))
-            everyone.append(sequences[-1])
-            left -= length
+        sequences = ragged_sequences(tokens, longest=LONGEST, generator=generator, first=len(everyone))
+        everyone += sequences
         micro = pack(sequences, pad_token_id=0, device=device)
         tokens_here = sum(int(s.response_mask[1:].sum()) for s in sequences)
         batches.append(StepBatch([micro], num_global_sequences=len(sequences), num_global_tokens=tokens_here))
