@@ -27,8 +27,8 @@ from gspo_megatron.policy.checkpoint import Snapshot, random_state, set_random_s
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.stop import StopSignals
 from gspo_megatron.weights.hf_checkpoint import companions_of
+from gspo_megatron.weights.torch_dist.blocks import dump_entries, load_entries, write_blocks, write_metadata
 from gspo_megatron.weights.torch_dist.checksums import FileSum, list_files, write_checksums
-from gspo_megatron.weights.torch_dist.chunks import dump_entries, load_entries, write_chunks, write_metadata
 from gspo_megatron.weights.torch_dist.description import HF_FOLDER, Description, read_description, write_description
 
 _POLL_S = 0.02
@@ -208,7 +208,7 @@ class Checkpointer:
         # Drawn on here: a forked process must not ask a GPU for its generator.
         share = _Share(self.config, self.policy, self.job.groups.rank, partial, snapshot, state, random_state())
         # What training writes while the other process lives would be copied page by page.
-        withheld = [*(c.tensor for c in views.chunks), *self.policy.gradient_buffers] if is_copied else []
+        withheld = [*(c.tensor for c in views.blocks), *self.policy.gradient_buffers] if is_copied else []
         self._writing, self._writing_batch = Background(share.write, withheld=withheld), batch
 
     def close(self) -> None:
@@ -247,8 +247,8 @@ class _Share:
 
     def write(self) -> None:
         """This rank's file; at rank 0 then what makes a checkpoint of all ranks' files."""
-        entries, total = write_chunks(
-            self.partial / f"__{self.rank}_0.distcp", self.snapshot.chunks, self.snapshot.objects
+        entries, total = write_blocks(
+            self.partial / f"__{self.rank}_0.distcp", self.snapshot.blocks, self.snapshot.objects
         )
         part = {"entries": dump_entries(entries), "sum": dataclasses.asdict(total), "random": self.random}
         written = self.partial / f".part_{self.rank}.new"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gspo_megatron.background import SharedMemory
 from gspo_megatron.policy.optimizer_state import OptimizerShard, optimizer_shards, set_steps_done, steps_done
-from gspo_megatron.weights.torch_dist.chunks import Chunk, rectangles
+from gspo_megatron.weights.torch_dist.blocks import Block, rectangles
 
 OPTIMIZER_KEY = "optimizer.state"
 _METADATA = {"singleton_local_shards": False}  # one tensor for all layers, and for all experts of a layer
@@ -46,12 +46,12 @@ class _Piece:
         replica = self.sharded.replica_id
         return (replica,) if isinstance(replica, int) else tuple(replica)
 
-    def chunk(self, key: str, values: Tensor, offset: Sequence[int], shape: Sequence[int]) -> Chunk:
+    def block(self, key: str, values: Tensor, offset: Sequence[int], shape: Sequence[int]) -> Block:
         """A block inside this one, with its values."""
         sharded = self.sharded
         axes = sharded.prepend_axis_num
         place = [o + i for o, i in zip(sharded.global_offset[axes:], offset, strict=True)]
-        return Chunk(
+        return Block(
             key,
             tuple(sharded.global_shape),
             (*sharded.global_offset[:axes], *place),
@@ -64,15 +64,15 @@ class _Piece:
 class Snapshot:
     """What this rank saves. Its tensors are views of the state, unless they were copied."""
 
-    chunks: list[Chunk]
+    blocks: list[Block]
     objects: list[tuple[str, Any]]
     counts: dict[str, int]
 
     def copied_to(self, memory: SharedMemory) -> Snapshot:
         """The same with copies in host memory, which stay until the memory is used again. It is not pinned: a forked
         process does not have pinned memory."""
-        copies = memory.copy(chunk.tensor for chunk in self.chunks)
-        return replace(self, chunks=[replace(c, tensor=t) for c, t in zip(self.chunks, copies, strict=True)])
+        copies = memory.copy(block.tensor for block in self.blocks)
+        return replace(self, blocks=[replace(b, tensor=t) for b, t in zip(self.blocks, copies, strict=True)])
 
 
 def take_snapshot(chunks: Sequence[Any], optimizer: Any, schedule: Any) -> Snapshot:
@@ -82,17 +82,17 @@ def take_snapshot(chunks: Sequence[Any], optimizer: Any, schedule: Any) -> Snaps
     for shard, key, piece, values, offset, shape in _optimizer_blocks(pieces, optimizer):
         # Of parts that data-parallel ranks share out, each saves its own.
         if not any(piece.replica[:-1] if shard.is_shared_out else piece.replica):
-            ours.append(piece.chunk(key, values, offset, shape))
+            ours.append(piece.block(key, values, offset, shape))
     objects = [(o.unique_key, [o.data]) for o in _sharded(chunks, ShardedObject) if not any(o.replica_id)]
     return Snapshot(ours, objects, {"optimizer_steps": steps_done(optimizer), "schedule_steps": schedule.num_steps})
 
 
-def chunks_to_load(chunks: Sequence[Any], optimizer: Any, *, weights_only: bool) -> list[Chunk]:
+def blocks_to_load(chunks: Sequence[Any], optimizer: Any, *, weights_only: bool) -> list[Block]:
     """What this rank reads, as views into the model and the optimizer."""
     pieces = _pieces(chunks)
     wanted = [_whole(p) for p in pieces]
     if not weights_only:
-        wanted += [p.chunk(key, v, o, s) for _, key, p, v, o, s in _optimizer_blocks(pieces, optimizer)]
+        wanted += [p.block(key, v, o, s) for _, key, p, v, o, s in _optimizer_blocks(pieces, optimizer)]
     return wanted
 
 
@@ -106,9 +106,9 @@ def after_loading(optimizer: Any, schedule: Any, counts: Mapping[str, int], *, w
     schedule.step(0)
 
 
-def _whole(piece: _Piece) -> Chunk:
+def _whole(piece: _Piece) -> Block:
     shape = piece.sharded.local_shape
-    return piece.chunk(piece.sharded.key, piece.tensor, [0] * len(shape), shape)
+    return piece.block(piece.sharded.key, piece.tensor, [0] * len(shape), shape)
 
 
 def _sharded(chunks: Sequence[Any], kind: type) -> Iterator[Any]:

@@ -10,12 +10,12 @@ from torch import Tensor
 from gspo_megatron.config import ModelConfig, OptimizerConfig
 from gspo_megatron.data.exchange import distribute
 from gspo_megatron.parallel import ParallelLayout
-from gspo_megatron.policy.checkpoint import chunks_to_load
+from gspo_megatron.policy.checkpoint import blocks_to_load
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.policy.runtime import initialize, shutdown
 from gspo_megatron.policy.step import forward_only
 from gspo_megatron.types import Sequence
-from gspo_megatron.weights.torch_dist.chunks import read_chunks
+from gspo_megatron.weights.torch_dist.blocks import read_blocks
 from gspo_megatron.weights.torch_dist.description import HF_FOLDER
 
 _TIMEOUT_S = 60.0
@@ -31,8 +31,8 @@ def megatron_logits(checkpoint: Path, token_ids: Tensor) -> Tensor:
         model = ModelConfig(path=str(checkpoint / HF_FOLDER), init="random", dtype="float32")
         policy = MegatronPolicy(model, OptimizerConfig(), groups, seed=0, total_steps=1)
         # The stored dtype widened; without the optimizer, no more is read than the model.
-        chunks = chunks_to_load(policy.chunks, policy.optimizer, weights_only=True)
-        read_chunks(checkpoint, chunks, converts=True)
+        blocks = blocks_to_load(policy.chunks, policy.optimizer, weights_only=True)
+        read_blocks(checkpoint, blocks, converts=True)
         return _logits(policy, token_ids)
     finally:
         shutdown()

@@ -15,7 +15,7 @@ from gspo_megatron.config import KernelsConfig, MemoryConfig, ModelConfig, Optim
 from gspo_megatron.device import DTYPES, current_device
 from gspo_megatron.errors import CauseError
 from gspo_megatron.groups import ProcessGroups
-from gspo_megatron.policy.checkpoint import Snapshot, after_loading, chunks_to_load, take_snapshot
+from gspo_megatron.policy.checkpoint import Snapshot, after_loading, blocks_to_load, take_snapshot
 from gspo_megatron.policy.expert_gradients import expert_gradient_norms
 from gspo_megatron.policy.model import build_model, mark_parallel, parameter_slots, transformer_config
 from gspo_megatron.policy.optimizer import build_optimizer, build_schedule, wrap_ddp
@@ -28,7 +28,7 @@ from gspo_megatron.weights.families import load_fields
 from gspo_megatron.weights.gather import GatheredBucket
 from gspo_megatron.weights.hf_checkpoint import save_hf_folder
 from gspo_megatron.weights.reshard import ReshardPlan
-from gspo_megatron.weights.torch_dist.chunks import read_chunks
+from gspo_megatron.weights.torch_dist.blocks import read_blocks
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ class MegatronPolicy:
         Raises:
             UserError: the checkpoint lacks something, or is of another model.
         """
-        read_chunks(folder, chunks_to_load(self.chunks, self.optimizer, weights_only=weights_only))
+        read_blocks(folder, blocks_to_load(self.chunks, self.optimizer, weights_only=weights_only))
         after_loading(self.optimizer, self.schedule, counts, weights_only=weights_only)
 
     @property

@@ -15,7 +15,7 @@ from gspo_megatron.data.exchange import distribute
 from gspo_megatron.errors import UserError
 from gspo_megatron.groups import ProcessGroups
 from gspo_megatron.policy.policy import MegatronPolicy
-from gspo_megatron.weights.torch_dist.chunks import write_chunks, write_metadata
+from gspo_megatron.weights.torch_dist.blocks import write_blocks, write_metadata
 from tests.distributed.cases import STEP_LENGTHS, join, scatter, whole_weights
 from tests.distributed.tiny_models import make_sequences
 
@@ -57,7 +57,7 @@ def write(policy: MegatronPolicy, groups: ProcessGroups, out: Path) -> None:
     if groups.rank == 0:
         out.mkdir(parents=True)
     dist.barrier(group=groups.world)
-    entries, _ = write_chunks(out / f"__{groups.rank}_0.distcp", snapshot.chunks, snapshot.objects)
+    entries, _ = write_blocks(out / f"__{groups.rank}_0.distcp", snapshot.blocks, snapshot.objects)
     every: list[Any] = [None] * groups.layout.world_size
     dist.all_gather_object(every, entries, group=groups.world)
     if groups.rank == 0:

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from gspo_megatron.config import ModelConfig, OptimizerConfig
 from gspo_megatron.policy.policy import MegatronPolicy
-from gspo_megatron.weights.torch_dist.chunks import write_chunks, write_metadata
+from gspo_megatron.weights.torch_dist.blocks import write_blocks, write_metadata
 from gspo_megatron.weights.torch_dist.description import HF_FOLDER, Description, write_description
 from gspo_megatron.weights.torch_dist.reader import FORMAT, FORMAT_CONTENT
 from tests.distributed.cases import join
@@ -79,7 +79,7 @@ def save_training(layout: dict[str, int], folder: str, out: str, dtype: str) -> 
     policy, target = _policy(layout, folder, "weights"), Path(out)
     _describe(policy, folder, target, dtype)
     snapshot = policy.snapshot()
-    entries, _ = write_chunks(target / f"__{policy.groups.rank}_0.distcp", snapshot.chunks, snapshot.objects)
+    entries, _ = write_blocks(target / f"__{policy.groups.rank}_0.distcp", snapshot.blocks, snapshot.objects)
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, entries)
     if policy.groups.rank == 0:

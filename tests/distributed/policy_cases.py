@@ -98,7 +98,7 @@ def skipped_steps(layout: dict[str, int], folder: str, vocab: int, optimizer: di
     truth = [step(spared, batch) for batch in (first, second)]
     weights, expected = whole_weights(ours), whole_weights(spared)
     snapshot, other = ours.snapshot(), spared.snapshot()
-    states = [{c.key: c.tensor.clone() for c in s.chunks} for s in (snapshot, other)]
+    states = [{c.key: c.tensor.clone() for c in s.blocks} for s in (snapshot, other)]
     message = ""
     try:
         step(spared, second, math.nan, name="mini-batch 2")

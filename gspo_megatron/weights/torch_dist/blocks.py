@@ -40,7 +40,7 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Block:
     """A block of a global tensor, and its values in this rank's memory."""
 
     key: str
@@ -127,18 +127,18 @@ class _HashedFile(io.RawIOBase, IO[bytes]):  # type: ignore[misc]
         return start, self.position - start
 
 
-def write_chunks(
-    path: Path, chunks: Iterable[Chunk], objects: Iterable[tuple[str, Any]]
+def write_blocks(
+    path: Path, blocks: Iterable[Block], objects: Iterable[tuple[str, Any]]
 ) -> tuple[list[Entry], FileSum]:
     """Write this rank's file, and fsync it."""
     entries = []
     with open(path, "wb") as file:
         stream = _HashedFile(file)
-        for chunk in chunks:
-            place = stream.save(_alone(chunk.tensor))
-            dtype = str(chunk.tensor.dtype).removeprefix("torch.")
-            shape = tuple(chunk.tensor.shape)
-            entries.append(Entry(chunk.key, path.name, *place, dtype, chunk.global_shape, chunk.offset, shape))
+        for block in blocks:
+            place = stream.save(_alone(block.tensor))
+            dtype = str(block.tensor.dtype).removeprefix("torch.")
+            shape = tuple(block.tensor.shape)
+            entries.append(Entry(block.key, path.name, *place, dtype, block.global_shape, block.offset, shape))
         for key, value in objects:
             entries.append(Entry(key, path.name, *stream.save(value)))
         file.flush()
@@ -198,8 +198,8 @@ def write_metadata(folder: Path, entries: Sequence[Entry]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_chunks(folder: Path, chunks: Sequence[Chunk], *, converts: bool = False) -> None:
-    """Fill the chunks' tensors from a checkpoint's files, whatever blocks they were saved in.
+def read_blocks(folder: Path, blocks: Sequence[Block], *, converts: bool = False) -> None:
+    """Fill the blocks' tensors from a checkpoint's files, whatever blocks they were saved in.
 
     `converts`: where the stored dtype is another than the tensor's, take over the numbers.
 
@@ -207,45 +207,47 @@ def read_chunks(folder: Path, chunks: Sequence[Chunk], *, converts: bool = False
         UserError: the checkpoint lacks a tensor, or a part of one, or has it in another shape or dtype.
     """
     metadata = load_metadata(folder)
-    wanted: dict[str, list[Chunk]] = defaultdict(list)
-    for chunk in chunks:
-        wanted[chunk.key].append(chunk)
-    reads: list[tuple[_StorageInfo, str, Shape, Shape, list[Chunk]]] = []
+    wanted: dict[str, list[Block]] = defaultdict(list)
+    for target in blocks:
+        wanted[target.key].append(target)
+    reads: list[tuple[_StorageInfo, str, Shape, Shape, list[Block]]] = []
     known = {key: metadata.state_dict_metadata[key] for key in wanted if key in metadata.state_dict_metadata}
     described = {key: _check(folder, key, found, wanted[key][0], converts) for key, found in known.items()}
     if missing := sorted(wanted.keys() - known.keys()):
         shown = ", ".join(missing[:8]) + (", …" if len(missing) > 8 else "")
         raise UserError(f"{folder} lacks {len(missing)} tensors: {shown}")
     for key, targets in wanted.items():
-        for block, near in _neighbours(described[key].chunks, targets):
-            place = (metadata.storage_data or {}).get(MetadataIndex(key, block.offsets))
+        for saved, near in _neighbours(described[key].chunks, targets):
+            place = (metadata.storage_data or {}).get(MetadataIndex(key, saved.offsets))
             if place is None:
                 raise UserError(f"{folder / METADATA} does not say where a block of {key} lies")
-            reads.append((place, key, tuple(block.offsets), tuple(block.sizes), near))
+            reads.append((place, key, tuple(saved.offsets), tuple(saved.sizes), near))
     filled: dict[int, int] = defaultdict(int)
-    for chunk in chunks:
-        if chunk.is_flexible:
-            chunk.tensor.zero_()
+    for target in blocks:
+        if target.is_flexible:
+            target.tensor.zero_()
     for (place, key, offset, shape, near), file in _in_order(folder, reads):
         file.seek(place.offset)
-        block = load_weights_only(io.BytesIO(file.read(place.length)), f"{folder / place.relative_path}: {key}")
+        saved = load_weights_only(io.BytesIO(file.read(place.length)), f"{folder / place.relative_path}: {key}")
         if (
-            not isinstance(block, Tensor)
-            or tuple(block.shape) != shape
-            or block.dtype != described[key].properties.dtype
+            not isinstance(saved, Tensor)
+            or tuple(saved.shape) != shape
+            or saved.dtype != described[key].properties.dtype
         ):
             raise UserError(f"{folder / place.relative_path}: {key} is not the tensor that {METADATA} describes")
-        for chunk in near:
-            filled[id(chunk)] += _copy_overlap(block, offset, chunk)
-    for chunk in chunks:
-        size = described[chunk.key].size
-        there = (max(0, min(o + n, s) - o) for o, n, s in zip(chunk.offset, chunk.tensor.shape, size, strict=True))
+        for target in near:
+            filled[id(target)] += _copy_overlap(saved, offset, target)
+    for target in blocks:
+        size = described[target.key].size
+        there = (max(0, min(o + n, s) - o) for o, n, s in zip(target.offset, target.tensor.shape, size, strict=True))
         expected = math.prod(there)
-        if filled[id(chunk)] != expected:
-            raise UserError(f"{folder}: {chunk.key} has {filled[id(chunk)]} of {expected} elements at {chunk.offset}")
+        if filled[id(target)] != expected:
+            raise UserError(
+                f"{folder}: {target.key} has {filled[id(target)]} of {expected} elements at {target.offset}"
+            )
 
 
-def _check(folder: Path, key: str, described: Any, target: Chunk, converts: bool) -> TensorStorageMetadata:
+def _check(folder: Path, key: str, described: Any, target: Block, converts: bool) -> TensorStorageMetadata:
     if not isinstance(described, TensorStorageMetadata):
         raise UserError(f"{folder}: {key} is no tensor")
     size, dtype = tuple(described.size), described.properties.dtype
@@ -258,44 +260,44 @@ def _check(folder: Path, key: str, described: Any, target: Chunk, converts: bool
 
 
 def _neighbours(
-    blocks: Sequence[ChunkStorageMetadata], targets: Sequence[Chunk]
-) -> Iterator[tuple[ChunkStorageMetadata, list[Chunk]]]:
+    stored: Sequence[ChunkStorageMetadata], targets: Sequence[Block]
+) -> Iterator[tuple[ChunkStorageMetadata, list[Block]]]:
     """Saved blocks that some target overlaps, with those targets.
 
     Leading axes along which all are of size 1, layers and experts, are looked up; the rest is compared.
     """
-    shapes = [tuple(b.sizes) for b in blocks] + [tuple(t.tensor.shape) for t in targets]
+    shapes = [tuple(b.sizes) for b in stored] + [tuple(t.tensor.shape) for t in targets]
     depth = next((i for i in range(len(shapes[0])) if any(s[i] != 1 for s in shapes)), len(shapes[0]))
-    by_place: dict[Shape, list[Chunk]] = defaultdict(list)
+    by_place: dict[Shape, list[Block]] = defaultdict(list)
     for target in targets:
         by_place[target.offset[:depth]].append(target)
-    for block in blocks:
+    for saved in stored:
         near = [
             t
-            for t in by_place.get(tuple(block.offsets)[:depth], [])
-            if _overlap(tuple(block.offsets), tuple(block.sizes), t) is not None
+            for t in by_place.get(tuple(saved.offsets)[:depth], [])
+            if _overlap(tuple(saved.offsets), tuple(saved.sizes), t) is not None
         ]
         if near:
-            yield block, near
+            yield saved, near
 
 
-def _overlap(offset: Shape, shape: Shape, chunk: Chunk) -> list[tuple[int, int]] | None:
+def _overlap(offset: Shape, shape: Shape, target: Block) -> list[tuple[int, int]] | None:
     """[start, stop) of what both hold along each axis of the global tensor; None if nothing."""
     spans = [
         (max(a, b), min(a + n, b + m))
-        for a, n, b, m in zip(offset, shape, chunk.offset, chunk.tensor.shape, strict=True)
+        for a, n, b, m in zip(offset, shape, target.offset, target.tensor.shape, strict=True)
     ]
     return spans if all(start < stop for start, stop in spans) else None
 
 
 @torch.no_grad()
-def _copy_overlap(block: Tensor, offset: Shape, chunk: Chunk) -> int:
+def _copy_overlap(saved: Tensor, offset: Shape, target: Block) -> int:
     """Returns the number of elements."""
-    spans = _overlap(offset, tuple(block.shape), chunk)
+    spans = _overlap(offset, tuple(saved.shape), target)
     assert spans is not None
-    source = block[tuple(slice(a - o, b - o) for (a, b), o in zip(spans, offset, strict=True))]
-    target = chunk.tensor[tuple(slice(a - o, b - o) for (a, b), o in zip(spans, chunk.offset, strict=True))]
-    target.copy_(source)
+    source = saved[tuple(slice(a - o, b - o) for (a, b), o in zip(spans, offset, strict=True))]
+    into = target.tensor[tuple(slice(a - o, b - o) for (a, b), o in zip(spans, target.offset, strict=True))]
+    into.copy_(source)
     return source.numel()
 
 
