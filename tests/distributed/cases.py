@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import torch
@@ -12,15 +14,32 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
-from gspo_megatron.config import KernelsConfig, ModelConfig, OptimizerConfig
+from gspo_megatron.config import (
+    AlgorithmConfig,
+    DataConfig,
+    KernelsConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+)
 from gspo_megatron.data.exchange import distribute
 from gspo_megatron.device import current_device
+from gspo_megatron.experience import Experience
 from gspo_megatron.groups import ProcessGroups
+from gspo_megatron.job import Job, build_job
 from gspo_megatron.parallel import ParallelLayout
+from gspo_megatron.policy import optimizer as optimizer_module
 from gspo_megatron.policy.policy import MegatronPolicy
 from gspo_megatron.policy.runtime import initialize
 from gspo_megatron.policy.step import forward_only
-from gspo_megatron.types import Sequence
+from gspo_megatron.recorder import BatchOutcome, Recorder
+from gspo_megatron.tokenizer import Tokenizer
+from gspo_megatron.trainer import Trainer
+from gspo_megatron.types import Group, MicroBatch, Prompt, Rollout, ScoreReport, Sequence, StepBatch
+from gspo_megatron.weight_sync import SyncReport
 from tests.distributed.tiny_models import make_sequences
 
 TIMEOUT_S = 30.0
@@ -263,14 +282,6 @@ def optimizer_step(
     normalisation out: "data" or "micro_batch" (N counts what is local only), "tokens" (the count of tokens does),
     "n" (no N at all), "context" (sums over a rank's own tokens), "megatron" (Megatron's own averaging is left on).
     """
-    from dataclasses import replace
-
-    from gspo_megatron import trainer as trainer_module
-    from gspo_megatron.config import AlgorithmConfig, DataConfig, MemoryConfig, RunConfig, TaskConfig, TrainConfig
-    from gspo_megatron.job import Job
-    from gspo_megatron.policy import optimizer as optimizer_module
-    from gspo_megatron.tokenizer import Tokenizer
-
     groups = join(layout)
     more = settings or {}
     config = TrainConfig(
@@ -290,35 +301,14 @@ def optimizer_step(
         optimizer_module.DistributedDataParallel = _AveragingDDP  # type: ignore[misc]
     try:
         job = Job(config, groups, Tokenizer.load(tokenizer), None, None, None, current_device())  # type: ignore[arg-type]
-        trainer = trainer_module.Trainer(config, job)
+        trainer = Trainer(config, job)
     finally:
         optimizer_module.DistributedDataParallel = original_ddp  # type: ignore[misc]
         optimizer_module.BUCKET_NUMEL = None
     policy = trainer.policy
     sequences = step_sequences(vocab, batch, pad_to)
     first_gap = shift_logprobs(trainer, sequences)
-    loss = trainer.loss
-    if sabotage == "data":
-        trainer.loss = lambda batch: loss(  # type: ignore[method-assign]
-            replace(batch, num_global_sequences=sum(int((m.sequence_ids >= 0).sum()) for m in batch.micro_batches))
-        )
-    if sabotage == "micro_batch":
-        trainer.loss = lambda batch: (  # type: ignore[method-assign]
-            lambda lp, h, micro: loss(  # type: ignore[method-assign]
-                replace(batch, num_global_sequences=max(1, int((micro.sequence_ids >= 0).sum())))
-            )(lp, h, micro)
-        )
-
-    if sabotage == "tokens":
-        trainer.loss = lambda batch: loss(  # type: ignore[method-assign]
-            replace(batch, num_global_tokens=sum(m.response_tokens.numel() for m in batch.micro_batches))
-        )
-    if sabotage == "n":
-        trainer.loss = lambda batch: loss(replace(batch, num_global_sequences=1))  # type: ignore[method-assign]
-    if sabotage == "context":
-        alone = replace(trainer.job, groups=_WithoutSequenceGroup(**vars(groups)))
-        trainer.loss = lambda batch: _with_job(trainer, alone, loss, batch)  # type: ignore[method-assign]
-
+    _take_out(trainer, sabotage)
     gradients: dict[str, torch.Tensor] = {}
     step = policy.optimizer.step
 
@@ -362,6 +352,32 @@ def optimizer_step(
         "router_margin": min(margins, default=math.inf),
         "clip_margin": min(first_gap, default=math.inf),
     }
+
+
+def _take_out(trainer: Trainer, sabotage: str) -> None:
+    """Take one normalisation of the loss out, see `optimizer_step`."""
+    loss = trainer.loss
+
+    def with_counts(counts: Callable[[StepBatch], dict[str, int]]) -> None:
+        trainer.loss = lambda batch: loss(replace(batch, **counts(batch)))  # type: ignore[method-assign]
+
+    if sabotage == "data":
+        with_counts(lambda b: {"num_global_sequences": sum(_num_sequences(m) for m in b.micro_batches)})
+    if sabotage == "micro_batch":
+        trainer.loss = lambda batch: (  # type: ignore[method-assign]
+            lambda lp, h, micro: loss(replace(batch, num_global_sequences=max(1, _num_sequences(micro))))(lp, h, micro)
+        )
+    if sabotage == "tokens":
+        with_counts(lambda b: {"num_global_tokens": sum(m.response_tokens.numel() for m in b.micro_batches)})
+    if sabotage == "n":
+        with_counts(lambda b: {"num_global_sequences": 1})
+    if sabotage == "context":
+        alone = replace(trainer.job, groups=_WithoutSequenceGroup(**vars(trainer.job.groups)))
+        trainer.loss = lambda batch: _with_job(trainer, alone, loss, batch)  # type: ignore[method-assign]
+
+
+def _num_sequences(micro: MicroBatch) -> int:
+    return int((micro.sequence_ids >= 0).sum())
 
 
 def _in_effect(policy: MegatronPolicy) -> dict[str, Any]:
@@ -411,8 +427,6 @@ def _router_margin(router: Any, hidden: torch.Tensor) -> float:
 
 def train_config(config: dict[str, Any]) -> Any:
     """A TrainConfig from tables, as a TOML file would hold them."""
-    from gspo_megatron.config import TrainConfig
-
     sections = get_type_hints(TrainConfig)
     return TrainConfig(**{name: sections[name](**table) for name, table in config.items()})
 
@@ -423,9 +437,6 @@ def first_batch(layout: dict[str, int], config: dict[str, Any], sabotage: str = 
     `sabotage` changes something between the pass for the old log-probabilities and the first forward:
     "temperature", "weights" or "packing".
     """
-    from gspo_megatron.job import build_job
-    from gspo_megatron.trainer import Trainer
-
     groups = join(layout)
     settings = train_config(config)
     with build_job(settings, groups) as job:
@@ -476,9 +487,6 @@ def reference_after_step(layout: dict[str, int], config: dict[str, Any]) -> dict
 
     Both as the largest distance from the log-probabilities of the initial policy; the reference pass runs twice.
     """
-    from gspo_megatron.job import build_job
-    from gspo_megatron.trainer import Trainer
-
     settings = train_config(config)
     with build_job(settings, join(layout)) as job:
         trainer = Trainer(settings, job)
@@ -509,17 +517,6 @@ def reference_after_step(layout: dict[str, int], config: dict[str, Any]) -> dict
 
 def recorded_row(layout: dict[str, int], folder: str, tokenizer: str, run_folder: str, vocab: int) -> None:
     """The trainer's `learn` on the fixed batch, and the Recorder's row of it in run_folder/metrics.jsonl."""
-    from types import SimpleNamespace
-
-    from gspo_megatron.config import AlgorithmConfig, DataConfig, RunConfig, TaskConfig, TrainConfig
-    from gspo_megatron.experience import Experience
-    from gspo_megatron.job import Job
-    from gspo_megatron.recorder import BatchOutcome, Recorder
-    from gspo_megatron.tokenizer import Tokenizer
-    from gspo_megatron.trainer import Trainer
-    from gspo_megatron.types import Group, Prompt, Rollout, ScoreReport
-    from gspo_megatron.weight_sync import SyncReport
-
     groups = join(layout)
     config = TrainConfig(
         run=RunConfig(folder=run_folder),

@@ -98,7 +98,13 @@ def test_steps_are_those_of_adamw(layout: dict[str, int], folder: str, ranks: Ca
 
 @pytest.mark.parametrize(
     ("layout", "more"),
-    [({}, {}), ({"tensor": 2, "expert": 2}, {}), ({"data": 2}, OVERLAP), ({"data": 2}, OWN)],
+    [
+        ({}, {}),
+        ({"tensor": 2, "expert": 2}, {}),
+        ({"data": 2}, OVERLAP),
+        ({"data": 2}, OWN),
+        ({"data": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 2}, OVERLAP),
+    ],
 )
 def test_a_step_that_is_left_out_leaves_no_trace(
     layout: dict[str, int], more: dict[str, Any], folder: str, ranks: Callable[[int], RankPool]
