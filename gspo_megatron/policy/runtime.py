@@ -28,9 +28,8 @@ def initialize(layout: ParallelLayout, *, seed: int, timeout_s: float) -> Proces
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        device_id = device if device.type == "cuda" else None
-        store = _store_of_this_attempt(timeout)
-        dist.init_process_group(collective_backend(device), timeout=timeout, device_id=device_id, **store)
+        # With device_id NCCL would make a communicator for every group of Megatron's, used or not: 8 GiB a rank.
+        dist.init_process_group(collective_backend(device), timeout=timeout, **_store_of_this_attempt(timeout))
     assert dist.get_world_size() == layout.world_size, (dist.get_world_size(), layout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -44,7 +43,23 @@ def initialize(layout: ParallelLayout, *, seed: int, timeout_s: float) -> Proces
     )
     seed_everything(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return _collect(layout, timeout)
+    groups = _collect(layout, timeout)
+    if device.type == "cuda":
+        _connect(groups, device)
+    return groups
+
+
+def _connect(groups: ProcessGroups, device: torch.device) -> None:
+    """Have NCCL make the communicators that training needs while memory is free, not amid the first step."""
+    of_norms = (
+        parallel_state.get_model_parallel_group(),
+        parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
+    )
+    ours = (g for g in vars(groups).values() if isinstance(g, dist.ProcessGroup))
+    for group in (*ours, *of_norms):
+        if group.size() > 1:
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
+    torch.cuda.synchronize(device)
 
 
 def _store_of_this_attempt(timeout: timedelta) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,6 +79,12 @@ def test_the_cpu_adaptation_is_not_in_use(gpu: RankPool, cpu: RankPool) -> None:
     there = on_cpu(cpu, "tests.gpu.training_cases:adaptation")
     assert there["device"] == "cpu" and there["adapted"] and there["patched"]
     assert len(there["replaced functions"]) > 1
+
+
+def test_a_rank_takes_little_memory_before_it_holds_a_model() -> None:
+    words = [sys.executable, "-c", "from tests.gpu.training_cases import bytes_of_joining; print(bytes_of_joining())"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=True)
+    assert int(done.stdout.splitlines()[-1]) < 2 * 2**30
 
 
 @pytest.mark.parametrize("experts", ["grouped", "sequential"])

@@ -16,8 +16,11 @@ from gspo_megatron import sft
 from gspo_megatron.config import MemoryConfig, ModelConfig, OptimizerConfig
 from gspo_megatron.data.exchange import distribute
 from gspo_megatron.device import current_device
+from gspo_megatron.launch import single_rank_environment
+from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.policy import attention, cpu_adaptation
 from gspo_megatron.policy.policy import MegatronPolicy
+from gspo_megatron.policy.runtime import initialize
 from tests.distributed import cases
 from tests.distributed.tiny_models import make_sequences
 
@@ -41,6 +44,19 @@ def adaptation() -> dict[str, Any]:
         "patched": patched,
         "replaced functions": ours,
     }
+
+
+def bytes_of_joining() -> int:
+    """What the device's memory loses to joining a job of one rank, beyond CUDA's context. Not for a pool, whose cases
+    share process groups."""
+    device = current_device()
+    torch.zeros(1, device=device)
+    before = torch.cuda.mem_get_info(device)[0]
+    with single_rank_environment():
+        groups = initialize(ParallelLayout(), seed=0, timeout_s=60)
+        torch.distributed.all_reduce(torch.zeros(1, device=device), group=groups.world)
+    torch.cuda.synchronize(device)
+    return before - torch.cuda.mem_get_info(device)[0]
 
 
 def step_with_kernels(**arguments: Any) -> dict[str, Any]:
