@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -182,81 +183,102 @@ def run_cells(
         only: ids of the cells to run; None: all.
         timeout_at_least_s: a cell is ended, and has failed, after 10 times its estimate, but not before this.
     """
-    start = time.monotonic()
     results = read_results(plan, place)
     waiting = [c for c in plan.cells.values() if c.id not in results and (only is None or c.id in only)]
-    running: list[_Running] = []
-    outcome = Outcome()
-    total = len(waiting)
+    deadline = math.inf if budget_s is None else time.monotonic() + budget_s
+    queue = _Queue(spec, plan, place, slots, deadline, timeout_at_least_s, say, results, waiting, len(waiting))
     previous = signal.signal(signal.SIGTERM, _raise_interrupt)
     try:
-        while waiting or running:
-            guess = estimates(plan, results)
-            left = None if budget_s is None else budget_s - (time.monotonic() - start)
-            while len(running) < slots and (cell := _next(waiting, results, running, guess, left, outcome)) is not None:
-                waiting.remove(cell)
-                timeout_s = max(timeout_at_least_s, TIMEOUT_FACTOR * guess[cell.id])
-                started = _start(spec, cell, place, timeout_s)
-                if isinstance(started, Result):
-                    results[cell.id] = started
-                    total -= 1
-                elif started is None:
-                    outcome.busy.append(cell)
-                else:
-                    running.append(started)
-            for job in running:
-                if not job.timed_out and time.monotonic() - job.start > job.timeout_s:
-                    job.timed_out = True
-                    job.process.kill()
-            for job in [r for r in running if r.process.poll() is not None]:
-                running.remove(job)
-                result = _finish(job, place)
-                if result is None:
-                    outcome.failed.append(job.cell)
-                else:
-                    results[job.cell.id] = result
-                    outcome.done += 1
-                word = "FAILED" if result is None else "done"
-                count = outcome.done + len(outcome.failed)
-                say(f"[{count}/{total}] {word} in {time.monotonic() - job.start:.0f} s: {job.cell.title}")
-            if running:
-                time.sleep(0.1)
-            elif waiting and _next(waiting, results, running, guess, left, outcome) is None:
-                outcome.left_out += waiting
-                waiting = []
+        return queue.work_off()
     finally:
         signal.signal(signal.SIGTERM, previous)
-        for job in running:
+        queue.terminate()
+
+
+@dataclass
+class _Queue:
+    """The cells of one call of run_cells: those that wait, those that run, and what became of the others."""
+
+    spec: Spec
+    plan: Plan
+    place: Workplace
+    slots: int
+    deadline: float  # no cell may end later, by its estimate; math.inf: there is none
+    timeout_at_least_s: float
+    say: Say
+    results: dict[str, Result]
+    waiting: list[Cell]
+    total: int
+    running: list[_Running] = field(default_factory=list)
+    outcome: Outcome = field(default_factory=Outcome)
+
+    def work_off(self) -> Outcome:
+        while self.waiting or self.running:
+            self.start_cells()
+            self.kill_overdue()
+            self.take_results()
+            if self.running:
+                time.sleep(0.1)
+            elif self.next_cell() is None:
+                self.outcome.left_out += self.waiting
+                self.waiting = []
+        return self.outcome
+
+    def next_cell(self) -> tuple[Cell, float] | None:
+        """The first cell that can start, with its estimate: its cold start is done, and it would end in time."""
+        guess = estimates(self.plan, self.results)
+        left = self.deadline - time.monotonic()
+        for cell in self.waiting:
+            if (not cell.parent or cell.parent in self.results) and guess[cell.id] <= left:
+                return cell, guess[cell.id]
+        return None
+
+    def start_cells(self) -> None:
+        while len(self.running) < self.slots and (found := self.next_cell()) is not None:
+            cell, seconds = found
+            self.waiting.remove(cell)
+            started = _start(self.spec, cell, self.place, max(self.timeout_at_least_s, TIMEOUT_FACTOR * seconds))
+            if isinstance(started, Result):
+                self.results[cell.id] = started
+                self.total -= 1
+            elif started is None:
+                self.outcome.busy.append(cell)
+            else:
+                self.running.append(started)
+
+    def kill_overdue(self) -> None:
+        for job in self.running:
+            if not job.timed_out and time.monotonic() - job.start > job.timeout_s:
+                job.timed_out = True
+                job.process.kill()
+
+    def take_results(self) -> None:
+        for job in [r for r in self.running if r.process.poll() is not None]:
+            self.running.remove(job)
+            result = _finish(job, self.place)
+            if result is None:
+                self.outcome.failed.append(job.cell)
+            else:
+                self.results[job.cell.id] = result
+                self.outcome.done += 1
+            word = "FAILED" if result is None else "done"
+            count = self.outcome.done + len(self.outcome.failed)
+            self.say(f"[{count}/{self.total}] {word} in {time.monotonic() - job.start:.0f} s: {job.cell.title}")
+
+    def terminate(self) -> None:
+        """End what still runs, if the benchmark is interrupted."""
+        for job in self.running:
             job.process.terminate()
-        for job in running:
+        for job in self.running:
             try:
                 job.process.wait(timeout=20)
             except subprocess.TimeoutExpired:
                 job.process.kill()
                 job.process.wait()
-    return outcome
 
 
 def _raise_interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def _next(
-    waiting: list[Cell],
-    results: Mapping[str, Result],
-    running: list[_Running],
-    guess: Mapping[str, float],
-    left: float | None,
-    outcome: Outcome,
-) -> Cell | None:
-    """The first cell that can start: its cold start is done, and it would end in time."""
-    for cell in waiting:
-        if cell.parent and cell.parent not in results:
-            continue
-        if left is not None and guess[cell.id] > left:
-            continue
-        return cell
-    return None
 
 
 def _start(spec: Spec, cell: Cell, place: Workplace, timeout_s: float) -> _Running | Result | None:
