@@ -25,7 +25,8 @@ quickstart: setup $(if $(filter sglang,$(ENGINE)),setup-sglang)  ## cold-start a
 	@examples/quickstart/run.sh
 
 test: setup  ## unit and distributed tests (CPU, gloo)
-	$(PYTEST) tests/unit tests/distributed -m "not gpu and not system"
+	$(PYTEST) tests/unit --numprocesses logical --maxprocesses 4 --dist worksteal
+	$(PYTEST) tests/distributed
 
 test-system: setup  ## kills, whole programs, real SGLang servers, a real SLURM
 	$(PYTEST) tests/system $(TESTS)
