@@ -51,9 +51,9 @@ def test_a_folder_of_another_benchmark_and_an_unknown_cell(capsys: pytest.Captur
 def test_the_plan_names_cells_time_and_needs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert tool.main(["--preset", "laptop", "--folder", str(tmp_path), "--experiment", "flips", "--plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    # A seed: two models, each with its cold start and its measurement.
-    assert sum(line.startswith("measure-") for line in lines) == 6
-    assert sum(line.startswith("sft-") for line in lines) == 6
+    # Each of five seeds: two models, each with its cold start and its measurement.
+    assert sum(line.startswith("measure-") for line in lines) == 10
+    assert sum(line.startswith("sft-") for line in lines) == 10
     assert any("minutes of one process left" in line for line in lines) and "needs gpus: 0" in lines
     assert not any(tmp_path.iterdir()), "a plan leaves nothing behind"
 
