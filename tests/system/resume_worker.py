@@ -114,7 +114,7 @@ def _arm_writer(strike: Strike, checkpointer: Any, checkpoints: Any) -> None:
 
         setattr(module, name, wrapped)
 
-    write = checkpointer.write_chunks
+    write = checkpointer.write_blocks
 
     def half_written(path: Path, chunks: Sequence[Any], objects: Any) -> Any:
         if strike.due("save"):
@@ -122,7 +122,7 @@ def _arm_writer(strike: Strike, checkpointer: Any, checkpoints: Any) -> None:
             strike(victim=os.getppid())
         return write(path, chunks, objects)
 
-    checkpointer.write_chunks = half_written
+    checkpointer.write_blocks = half_written
     before(checkpointer, "write_checksums", "save_complete")
     sync: Callable[[Path], None] = checkpoints._sync_folder
 
