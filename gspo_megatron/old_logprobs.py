@@ -45,7 +45,8 @@ class OldLogprobs:
         does not depend on it.
 
         Returns:
-            The seconds that the engine's log-probabilities saved; None where the trainer's are used.
+            The seconds that the engine's log-probabilities saved, 0 if the pass was taken all the same; None where the
+            trainer's are used.
 
         Raises:
             UserError: under "rollout", the engine's are too far from the trainer's.
@@ -68,7 +69,7 @@ class OldLogprobs:
             return None
         for micro in (m for b in batches for m in b.micro_batches if self.groups.is_last_stage):
             micro.old_logprobs = micro.rollout_logprobs.clone()
-        return self._recompute_s - (time.perf_counter() - start)
+        return 0.0 if measures or record_routes else self._recompute_s - (time.perf_counter() - start)
 
     @property
     def _clip(self) -> tuple[float, float]:

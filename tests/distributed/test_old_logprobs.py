@@ -77,6 +77,7 @@ def test_telemetry_changes_nothing_of_the_training(ranks: Callable[[int], RankPo
     rows = [[b["row"] for b in r["batches"]] for r in (silent[0], measured[0])]
     assert [row["expert_change_fraction"] is not None for row in rows[1]] == [True] * 3
     assert [row["grad_norm"] for row in rows[0]] == [row["grad_norm"] for row in rows[1]]
+    assert [b["saved_s"] for b in measured[0]["batches"]] == [None, 0.0, 0.0], "the pass was taken for the routes"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
