@@ -49,16 +49,27 @@ def initialize(layout: ParallelLayout, *, seed: int, timeout_s: float) -> Proces
     return groups
 
 
-def _connect(groups: ProcessGroups, device: torch.device) -> None:
-    """Have NCCL make the communicators that training needs while memory is free, not amid the first step."""
-    of_norms = (
+def collective_groups(groups: ProcessGroups) -> list[dist.ProcessGroup]:
+    """The groups over which a training step has collectives at this rank: ours, and Megatron's for the exchange of
+    tokens, the routers' losses, the gradient norm and embeddings that pipeline stages share."""
+    megatron = (
         parallel_state.get_model_parallel_group(),
+        parallel_state.get_tensor_and_context_parallel_group(),
+        parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_expert_tensor_and_model_parallel_group(),
         parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
+        parallel_state.get_intra_distributed_optimizer_instance_group(),
+        parallel_state.get_embedding_group(check_initialized=False),
     )
-    ours = (g for g in vars(groups).values() if isinstance(g, dist.ProcessGroup))
-    for group in (*ours, *of_norms):
-        if group.size() > 1:
-            dist.all_reduce(torch.zeros(1, device=device), group=group)
+    found = [g for g in (*vars(groups).values(), *megatron) if isinstance(g, dist.ProcessGroup) and g.size() > 1]
+    return list({id(g): g for g in found}.values())
+
+
+def _connect(groups: ProcessGroups, device: torch.device) -> None:
+    """Have NCCL make the communicators of collectives while memory is free, not amid the first step. Those of
+    neighbours in an interleaved pipeline, which send without batching, are made when they first send."""
+    for group in collective_groups(groups):
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
     torch.cuda.synchronize(device)
 
 

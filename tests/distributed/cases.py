@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any, get_type_hints
 
 import torch
@@ -33,7 +35,7 @@ from gspo_megatron.job import Job, build_job
 from gspo_megatron.parallel import ParallelLayout
 from gspo_megatron.policy import optimizer as optimizer_module
 from gspo_megatron.policy.policy import MegatronPolicy
-from gspo_megatron.policy.runtime import initialize
+from gspo_megatron.policy.runtime import collective_groups, initialize
 from gspo_megatron.policy.step import forward_only
 from gspo_megatron.recorder import BatchOutcome, Recorder
 from gspo_megatron.tokenizer import Tokenizer
@@ -43,6 +45,20 @@ from gspo_megatron.weight_sync import SyncReport
 from tests.distributed.tiny_models import make_sequences
 
 TIMEOUT_S = 30.0
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_to_all_single",
+    "broadcast",
+    "broadcast_object_list",
+    "reduce_scatter_tensor",
+    "gather",
+    "gather_object",
+    "scatter",
+    "barrier",
+)
 
 
 def join(layout: dict[str, int]) -> ProcessGroups:
@@ -429,6 +445,49 @@ def train_config(config: dict[str, Any]) -> Any:
     """A TrainConfig from tables, as a TOML file would hold them."""
     sections = get_type_hints(TrainConfig)
     return TrainConfig(**{name: sections[name](**table) for name, table in config.items()})
+
+
+def unconnected_groups(layout: dict[str, int], config: dict[str, Any]) -> list[str]:
+    """Collectives of a whole step over groups that `collective_groups` does not name: function and ranks."""
+    groups = join(layout)
+    named = {id(group) for group in collective_groups(groups)}
+    seen: set[str] = set()
+    known = [getattr(dist, name) for name in COLLECTIVES]
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = [x for x in (*args, *kwargs.values()) if isinstance(x, dist.ProcessGroup)]
+            group = given[0] if given else groups.world
+            if group.size() > 1 and id(group) not in named:
+                seen.add(f"{function.__name__} over {dist.get_process_group_ranks(group)}")
+            return function(*args, **kwargs)
+
+        return call
+
+    with build_job(train_config(config), groups) as job:
+        trainer = Trainer(train_config(config), job)
+        trainer.sync()
+        with _replaced({function: watched(function) for function in known}):
+            trainer.step(1)
+    return sorted(seen)
+
+
+@contextmanager
+def _replaced(functions: dict[Callable[..., Any], Callable[..., Any]]) -> Iterator[None]:
+    """Functions replaced by others in every module that has them by a name."""
+    places = [
+        (module, name, value)
+        for module in list(sys.modules.values())
+        for name, value in list(vars(module).items())
+        if isinstance(value, FunctionType) and value in functions
+    ]
+    for module, name, value in places:
+        setattr(module, name, functions[value])
+    try:
+        yield
+    finally:
+        for module, name, value in places:
+            setattr(module, name, value)
 
 
 def first_batch(layout: dict[str, int], config: dict[str, Any], sabotage: str = "") -> dict[str, Any]:

@@ -43,7 +43,7 @@ def _reuse_groups() -> None:
     dist.new_group = cached
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, pipe: Connection, shares_groups: bool) -> None:
     """Run cases as they come: ("module:function", kwargs) -> ("ok", result) or ("error", traceback)."""
     os.environ |= {
         "RANK": str(rank),
@@ -56,7 +56,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    _reuse_groups()
+    if shares_groups:
+        _reuse_groups()
     importlib.import_module("gspo_megatron.policy.policy")
     pipe.send("ready")
     while True:
@@ -73,10 +74,11 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
 
 
 class RankPool:
-    """`world_size` processes; after a failed case they are started anew."""
+    """`world_size` processes; after a failed case they are started anew. Without `shares_groups` each case makes all
+    of its process groups."""
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    def __init__(self, world_size: int, *, shares_groups: bool = True) -> None:
+        self.world_size, self.shares_groups = world_size, shares_groups
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
 
@@ -107,7 +109,9 @@ class RankPool:
         port = free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.world_size, port, theirs, self.shares_groups), daemon=True
+            )
             process.start()
             theirs.close()
             self.processes.append(process)

@@ -70,6 +70,17 @@ def test_first_mini_batch_is_on_policy(layout: dict[str, int], ranks: Callable[[
     assert all(0 < norm < float("inf") for r in results for norm in r["grad_norms"])
 
 
+def test_a_step_has_no_collective_over_a_group_that_is_not_connected_before() -> None:
+    """Over NCCL a group's communicator takes memory when it is first used."""
+    pool = RankPool(2, shares_groups=False)  # a group of the same ranks is another one
+    try:
+        for layout in ({"tensor": 2, "expert": 2}, {"pipeline": 2}):
+            arguments = {"layout": layout, "config": CONFIG | {"telemetry": {"every": 1}}}
+            assert pool.run("tests.distributed.cases:unconnected_groups", **arguments) == [[]] * 2
+    finally:
+        pool.close()
+
+
 @pytest.mark.parametrize(("mode", "layout"), [("r2", {"tensor": 2, "expert": 2}), ("r3", {"pipeline": 2})])
 def test_routes_are_replayed_and_the_first_mini_batch_is_on_policy(
     mode: str, layout: dict[str, int], ranks: Callable[[int], RankPool]
