@@ -72,7 +72,7 @@ def as_data(
     facts: Mapping[str, str],
     missing: Sequence[str],
 ) -> dict[str, Any]:
-    """report.json: verdicts with their values, and each cell's settings and time."""
+    """report.json: verdicts with their values; each cell's settings, time and measured values."""
 
     def plain(value: float) -> float | None:
         return value if math.isfinite(value) else None
@@ -89,6 +89,7 @@ def as_data(
                 "rule": v.claim.rule,
                 "metric": v.claim.metric,
                 "by_seed": {str(seed): value for seed, value in v.by_seed.items()},
+                "of_and_against": {str(seed): list(pair) for seed, pair in v.sides.items()},
                 "mean": None if estimate is None else plain(estimate.mean),
                 "interval": None if estimate is None else [plain(estimate.low), plain(estimate.high)],
                 "p": v.p,
@@ -103,6 +104,7 @@ def as_data(
             "base": cell.base,
             "settings": cell.settings,
             "seconds": results[cell.id].seconds if cell.id in results else None,
+            "values": dict(results[cell.id].values) if cell.id in results else {},
         }
         for cell in plan.cells.values()
     }

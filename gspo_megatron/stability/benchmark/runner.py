@@ -222,6 +222,7 @@ class _Queue:
             elif self.next_cell() is None:
                 self.outcome.left_out += self.waiting
                 self.waiting = []
+        self.outcome.busy = [c for c in self.outcome.busy if read_result(self.place.cell(c.id)) is None]
         return self.outcome
 
     def next_cell(self) -> tuple[Cell, float] | None:

@@ -32,6 +32,9 @@ class Verdict:
     p: float | None  # ratio, difference: exact paired sign-flip test against no difference
     verdict: str
     notes: tuple[str, ...] = field(default=())
+    sides: Mapping[int, tuple[float, float]] = field(
+        default_factory=dict
+    )  # ratio, difference: by seed, what is compared
 
 
 def judge(spec: Spec, plan: Plan, results: Mapping[str, Result], failures: Collection[str] = ()) -> list[Verdict]:
@@ -62,7 +65,7 @@ def _judge_claim(
 ) -> Verdict:
     notes: list[str] = []
     by_seed: dict[int, float] = {}
-    sides: list[tuple[float, float]] = []  # of a difference
+    sides: dict[int, tuple[float, float]] = {}
     for seed in seeds:
         value = _value(experiment, claim, plan, results, seed, notes, sides)
         if value is not None:
@@ -77,7 +80,7 @@ def _judge_claim(
         estimate = Estimate(_exp(estimate.mean), _exp(estimate.low), _exp(estimate.high), estimate.num_seeds)
     if claim.kind == "difference" and claim.reduce == "collapsed":
         # Student's interval of equal values has width 0, as if 0 of 3 meant never.
-        counts = (round(sum(a for a, _ in sides)), round(sum(b for _, b in sides)))
+        counts = (round(sum(a for a, _ in sides.values())), round(sum(b for _, b in sides.values())))
         estimate = share_difference(counts, len(sides))
         notes.append(f"{counts[0]} against {counts[1]} of {len(sides)}, Newcombe's interval of two shares")
     elif len(by_seed) > 1 and estimate.low == estimate.high:
@@ -92,7 +95,7 @@ def _judge_claim(
         # A run that diverged, or never reached what is timed, is no run left out by chance.
         verdict = UNDECIDED
         notes.insert(0, f"no verdict without seed {', '.join(map(str, lost))}, which ran and gave no value")
-    return Verdict(experiment, claim, by_seed, len(seeds), estimate, p, verdict, _short(notes))
+    return Verdict(experiment, claim, by_seed, len(seeds), estimate, p, verdict, _short(notes), sides)
 
 
 def _is_lost(
@@ -127,10 +130,10 @@ def _value(
     results: Mapping[str, Result],
     seed: int,
     notes: list[str],
-    sides: list[tuple[float, float]],
+    sides: dict[int, tuple[float, float]],
 ) -> float | None:
-    """The claim's value for one seed; None where something is missing, with a note. `sides` gets the two of a
-    difference."""
+    """The claim's value for one seed; None where something is missing, with a note. `sides` gets the two that a ratio
+    or difference compares."""
 
     def numbers(selector: Settings) -> dict[float | None, float] | None:
         found: dict[float | None, float] = {}
@@ -158,8 +161,8 @@ def _value(
         return slope([math.log(float(x)) for x in of if x is not None], [math.log(y) for y in of.values()])
     if claim.kind == "value":
         return of[None]
+    sides[seed] = of[None], against[None]
     if claim.kind == "difference":
-        sides.append((of[None], against[None]))
         return of[None] - against[None]
     if of[None] == against[None] == claim.floor:
         notes.insert(0, f"seed {seed}: both sides are at the floor of {claim.floor:g}, and their ratio says nothing")

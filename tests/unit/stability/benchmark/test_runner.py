@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -112,8 +113,6 @@ def test_a_killed_benchmark_takes_its_cells_along_and_goes_on(tmp_path: Path) ->
 
 
 def test_a_cell_of_another_process_is_left_to_it(tmp_path: Path) -> None:
-    import fcntl
-
     spec, plan = write_root(tmp_path)
     place = workplace(tmp_path)
     first = next(iter(plan.cells))
@@ -136,6 +135,24 @@ def test_what_another_process_has_done_meanwhile_is_not_run_again(tmp_path: Path
 
     outcome = run_cells(spec, plan, place, slots=1, say=other_benchmark)
     assert outcome.done == 1 and ran == [7] and not outcome.left_out and len(calls(tmp_path)) == 8
+
+
+def test_a_cell_that_another_process_has_ended_by_then_is_not_called_busy(tmp_path: Path) -> None:
+    spec, plan = write_root(tmp_path)
+    place = workplace(tmp_path)
+    leaf = next(cell for cell in plan.cells.values() if cell.parent)
+    run_cells(spec, plan, place, slots=1, only={leaf.parent}, say=quiet)
+    place.cell(leaf.id).mkdir(parents=True)
+    lock = (place.cell(leaf.id) / ".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def other_benchmark(text: str) -> None:
+        if not lock.closed:
+            lock.close()
+            assert run_cells(spec, plan, place, slots=1, only={leaf.id}, say=quiet).done == 1
+
+    outcome = run_cells(spec, plan, place, slots=1, say=other_benchmark)
+    assert lock.closed and outcome.busy == [] and not outcome.failed
 
 
 def test_a_cell_that_hangs_has_failed_with_a_remedy(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_supported(tmp_path: Path) -> None:
     gap = found["gap"]
     assert gap.verdict == "supported" and gap.by_seed == pytest.approx({11: 20.0, 12: 20.0})
     assert gap.p == 0.5, "the least that two seeds can give"
+    assert gap.sides == {11: pytest.approx((0.20, 0.01)), 12: pytest.approx((0.21, 0.0105))}
     assert found["slope"].verdict == "supported" and found["slope"].by_seed == pytest.approx({11: 1.0, 12: 1.0})
 
 
