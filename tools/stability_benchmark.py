@@ -111,7 +111,11 @@ def print_plan(benchmark: Benchmark, only: set[str] | None, slots: int) -> None:
             done = cell.id in results
             total += 0 if done else guess[cell.id]
             print(f"{cell.id:<22}{'done' if done else f'{guess[cell.id]:.0f} s':>7}  {cell.title}")
-    print(f"about {total / 60:.0f} minutes of one process left, {total / 60 / slots:.0f} with {slots} at once")
+    gpus = int(benchmark.spec.needs.get("gpus", 0))
+    if benchmark.spec.cells_at_once == 0 and gpus > 0:  # jobs of a cluster, of this many GPUs each
+        print(f"about {total / 3600:.0f} hours of {gpus} GPUs left")
+    else:
+        print(f"about {total / 60:.0f} minutes of one process left, {total / 60 / slots:.0f} with {slots} at once")
     for key, value in benchmark.spec.needs.items():
         print(f"needs {key}: {value}")
 

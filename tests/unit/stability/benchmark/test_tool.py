@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -56,6 +57,12 @@ def test_the_plan_names_cells_time_and_needs(capsys: pytest.CaptureFixture[str],
     assert sum(line.startswith("sft-") for line in lines) == 10
     assert any("minutes of one process left" in line for line in lines) and "needs gpus: 0" in lines
     assert not any(tmp_path.iterdir()), "a plan leaves nothing behind"
+
+
+def test_the_plan_of_a_cluster_counts_its_gpus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert tool.main(["--preset", "cluster", "--folder", str(tmp_path), "--plan"]) == 0
+    [left] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("about")]
+    assert re.fullmatch(r"about \d+ hours of 32 GPUs left", left)
 
 
 def test_a_run_ends_with_a_report_and_says_what_failed(
