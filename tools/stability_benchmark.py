@@ -111,8 +111,10 @@ def print_plan(benchmark: Benchmark, only: set[str] | None, slots: int) -> None:
             done = cell.id in results
             total += 0 if done else guess[cell.id]
             print(f"{cell.id:<22}{'done' if done else f'{guess[cell.id]:.0f} s':>7}  {cell.title}")
-    gpus = int(benchmark.spec.needs.get("gpus", 0))
-    if benchmark.spec.cells_at_once == 0 and gpus > 0:  # jobs of a cluster, of this many GPUs each
+    gpus = benchmark.spec.needs.get("gpus")  # may be in words
+    if (
+        benchmark.spec.cells_at_once == 0 and isinstance(gpus, int) and gpus > 0
+    ):  # jobs of a cluster, of this many GPUs each
         print(f"about {total / 3600:.0f} hours of {gpus} GPUs left")
     else:
         print(f"about {total / 60:.0f} minutes of one process left, {total / 60 / slots:.0f} with {slots} at once")

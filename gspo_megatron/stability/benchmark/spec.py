@@ -235,7 +235,7 @@ def read_spec(path: Path, root: Path) -> Spec:
     )
     base.end()
     top.end()
-    if spec.budget_minutes < 0 or spec.cells_at_once < 0:
+    if not (spec.budget_minutes >= 0 and spec.cells_at_once >= 0):
         raise UserError(
             f"{path}: budget_minutes={spec.budget_minutes:g} and cells_at_once={spec.cells_at_once} must not be "
             "negative; 0: no limit, and as many cells as the machine has cores"

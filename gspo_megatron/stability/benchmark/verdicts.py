@@ -34,7 +34,7 @@ class Verdict:
     notes: tuple[str, ...] = field(default=())
     sides: Mapping[int, tuple[float, float]] = field(
         default_factory=dict
-    )  # ratio, difference: by seed, what is compared
+    )  # by seed, what a ratio or difference compares
 
 
 def judge(spec: Spec, plan: Plan, results: Mapping[str, Result], failures: Collection[str] = ()) -> list[Verdict]:

@@ -83,6 +83,7 @@ def test_the_command_line_of_a_cell(tmp_path: Path) -> None:
         ("at_least = 10", "", "at_least or at_most must be set"),
         ("seeds = [11, 12]", "seeds = [11, 11]", "must be different integers"),
         ("seeds = [11, 12]", "seeds = [11, 12]\nbudget_minutes = -3", "budget_minutes=-3"),
+        ("seeds = [11, 12]", "seeds = [11, 12]\nbudget_minutes = nan", "budget_minutes=nan"),
         ("number = 1", 'number = "one"', "must be of type int"),
         ('hypothesis = "The one."', "", "hypothesis must be set"),
         ('reduce = "last:2"', 'reduce = "last:2"\nreduces = 1', 'unknown key "reduces". Did you mean "reduce"'),

@@ -65,6 +65,15 @@ def test_the_plan_of_a_cluster_counts_its_gpus(capsys: pytest.CaptureFixture[str
     assert re.fullmatch(r"about \d+ hours of 32 GPUs left", left)
 
 
+def test_needs_may_be_in_words(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_root(tmp_path, SPEC.replace('machine = "any"', 'machine = "any"\ngpus = "8 of any kind"'))
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    assert tool.main(["--spec", str(tmp_path / "spec.toml"), "--folder", str(tmp_path / "runs"), "--plan"]) == 0
+    assert "needs gpus: 8 of any kind" in capsys.readouterr().out
+
+
 def test_a_run_ends_with_a_report_and_says_what_failed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
