@@ -50,13 +50,17 @@ COLLECTIVES = (
     "all_gather",
     "all_gather_into_tensor",
     "all_gather_object",
+    "all_to_all",
     "all_to_all_single",
     "broadcast",
     "broadcast_object_list",
+    "reduce",
+    "reduce_scatter",
     "reduce_scatter_tensor",
     "gather",
     "gather_object",
     "scatter",
+    "scatter_object_list",
     "barrier",
 )
 

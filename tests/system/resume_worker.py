@@ -116,11 +116,11 @@ def _arm_writer(strike: Strike, checkpointer: Any, checkpoints: Any) -> None:
 
     write = checkpointer.write_blocks
 
-    def half_written(path: Path, chunks: Sequence[Any], objects: Any) -> Any:
+    def half_written(path: Path, blocks: Sequence[Any], objects: Any) -> Any:
         if strike.due("save"):
-            write(path, chunks[: len(chunks) // 2], [])
+            write(path, blocks[: len(blocks) // 2], [])
             strike(victim=os.getppid())
-        return write(path, chunks, objects)
+        return write(path, blocks, objects)
 
     checkpointer.write_blocks = half_written
     before(checkpointer, "write_checksums", "save_complete")

@@ -70,18 +70,23 @@ def test_a_killed_benchmark_goes_on_where_it_was(tmp_path: Path) -> None:
     assert "GSPO clips at least 10 times" in page and "Nothing: every cell is done." in page
 
 
+def measured(folder: Path, settings: dict[str, str]) -> dict[str, float]:
+    """Values that `measure` finds of a random model, over the ranks of the quick start's config."""
+    fixed = {"model.path": "examples/quickstart/model", "model.init": "random", "run.folder": str(folder)}
+    words = [word for key, value in (fixed | settings).items() for word in (f"--{key}", value)]
+    command = [sys.executable, "-m", "gspo_megatron", "measure", "examples/quickstart/gspo.toml", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    values: dict[str, float] = json.loads((folder / "measurement.json").read_text())["values"]
+    return values
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_flips_and_precision_of_a_random_model_over_two_ranks(tmp_path: Path) -> None:
     """The base config is tensor and expert parallel over two ranks."""
-    found = {}
-    for what in ("flips", "precision"):
-        words = [sys.executable, "-m", "gspo_megatron", "measure", "examples/quickstart/gspo.toml"]
-        words += ["--model.path", "examples/quickstart/model", "--model.init", "random", "--measure.what", what]
-        words += ["--run.folder", str(tmp_path / what), "--measure.prompts", "16", "--measure.response_tokens", "64"]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stdout + done.stderr
-        found[what] = json.loads((tmp_path / what / "measurement.json").read_text())["values"]
+    small = {"measure.prompts": "16", "measure.response_tokens": "64"}
+    found = {what: measured(tmp_path / what, {"measure.what": what, **small}) for what in ("flips", "precision")}
     flips, precision = found["flips"], found["precision"]
     assert set(flips) == measured_names("flips")[0] and set(precision) == measured_names("precision")[0]
     assert 0 < flips["flip_0.01_token_rms"] < flips["flip_0.1_token_rms"] < flips["flip_1_token_rms"]
@@ -105,8 +110,6 @@ def test_flips_and_precision_of_a_random_model_over_two_ranks(tmp_path: Path) ->
 )
 def test_the_update_that_is_measured_is_any_objectives(settings: dict[str, str], tmp_path: Path) -> None:
     small = {
-        "model.path": "examples/quickstart/model",
-        "model.init": "random",
         "task.reward_threshold": "null",  # partial credit: random weights must have rewards that differ
         "parallel.tensor": "1",
         "parallel.expert": "1",
@@ -119,17 +122,6 @@ def test_the_update_that_is_measured_is_any_objectives(settings: dict[str, str],
         "measure.response_tokens": "64",
         "measure.skip_tokens": "8",
         "measure.updates": "1",
-        "run.folder": str(tmp_path / "run"),
     }
-    words = [word for key, value in (small | settings).items() for word in (f"--{key}", value)]
-    done = subprocess.run(
-        [sys.executable, "-m", "gspo_megatron", "measure", "examples/quickstart/gspo.toml", *words],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    values = json.loads((tmp_path / "run" / "measurement.json").read_text())["values"]
+    values = measured(tmp_path / "run", small | settings)
     assert values["update_token_ratio_max_growth"] > 1, "an update changes ratios: without one all are 1"
